@@ -1,0 +1,107 @@
+"""The main flow: from a task file to a published, labelled dataset."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.settings import PREFECT_RESULTS_LOCAL_STORAGE_PATH, temporary_settings
+from pydantic import Field
+
+from flows import dispatch, observer
+from pipeline.base_model import resolve_base_model
+from pipeline.checks import check_task
+from pipeline.device import cuda_devices
+from pipeline.errors import StageFailed
+from pipeline.plan import Plan, build_plan
+from pipeline.release import Published, latest_manifest, publish
+from pipeline.settings import Settings
+from pipeline.store import Store
+from pipeline.task import Task
+from pipeline.worker import StageProcesses
+
+
+def release_path(task: Task, out: str | None) -> Path:
+    """Where a task's versions are published: the command's word, then the task's, then the default."""
+    if out is not None:
+        return Path(out).absolute()
+    return task.path(task.release.path).absolute() if task.release.path else Settings().release_path(task.name)
+
+
+def plan_of(task: Task, out: str | None) -> Plan:
+    """The plan of a run of a task, given what was released already."""
+    base = resolve_base_model(task.base_model, task.root)
+    return build_plan(task, base, latest_manifest(release_path(task, out)))
+
+
+@flow(name="label", flow_run_name="label {task}", description=__doc__)
+def label(
+    task: Annotated[str, Field(description="The task file; a relative path starts from CLOZELINE_HOME")],
+    out: Annotated[str | None, Field(description="The release directory; by default what the task says")] = None,
+    overrides: Annotated[
+        list[str] | None, Field(description="dotted.key=value settings that win over the file's")
+    ] = None,
+) -> dict[str, Any]:
+    """Label a dataset.
+
+    Returns:
+        The summary: release path and version, whether it is new, rows, label counts, test metrics, the stages
+        that were executed and the seconds of each.
+
+    Raises:
+        InputError: the task or its data is wrong; nothing was run.
+    """
+    settings = Settings()
+    loaded = Task.load(settings.home / task, overrides or [])
+    store = Store(settings.store_path)
+    warnings = check_task(loaded)
+    plan = plan_of(loaded, out)
+    observer.current().planned(plan, plan.to_build(store))
+    run = uuid.uuid4().hex
+    processes = StageProcesses(cuda_devices())
+    dispatch.register(run, processes)
+    try:
+        with temporary_settings({PREFECT_RESULTS_LOCAL_STORAGE_PATH: store.root / "prefect"}):
+            futures: dict[str, Any] = {}
+            for call in plan.calls:
+                futures[call.key] = dispatch.submit(call, store, run, futures)
+            results = {call.key: futures[call.key].result() for call in plan.calls}
+    finally:
+        dispatch.unregister(run)
+    artifact = store.find(plan.release.stage, plan.release.key)
+    if artifact is None:
+        raise StageFailed("the release stage left nothing in the store")
+    published = publish(artifact, release_path(loaded, out))
+    seconds: dict[str, float] = {}
+    for call in plan.calls:
+        seconds[call.stage] = round(seconds.get(call.stage, 0.0) + results[call.key]["seconds"], 3)
+    summary = {
+        **artifact.meta,
+        "release": str(published.path),
+        "new": published.new,
+        "warnings": [*warnings, *plan.warnings],
+        "executed": [call.title for call in plan.calls if results[call.key]["built"]],
+        "seconds": seconds,
+    }
+    _draw(summary, published)
+    return summary
+
+
+def _draw(summary: dict[str, Any], published: Published) -> None:
+    """Tables and links in the Prefect UI."""
+    name = "".join(c if c.isalnum() else "-" for c in summary["name"].lower())
+    rows = [{"label": label, "rows": count} for label, count in summary["label_counts"].items()]
+    create_table_artifact(rows, key=f"{name}-label-shares", description="Labels given")
+    weights = [{"annotator": who, "weight": weight} for who, weight in summary["weights"].items()]
+    create_table_artifact(weights, key=f"{name}-annotators", description="Annotators and their weights")
+    if summary["test"]:
+        tested = [{"method": method, **(found or {})} for method, found in summary["test"].items()]
+        create_table_artifact(tested, key=f"{name}-test", description="Accuracy on the test file")
+    brief = {key: summary[key] for key in ("release", "new", "rows", "executed", "seconds")}
+    markdown = f"# {published.path.name}\n\n```json\n{json.dumps(brief, indent=1)}\n```\n"
+    create_markdown_artifact(markdown, key=f"{name}-release", description="The release")
+    create_link_artifact(published.path.as_uri(), key=f"{name}-link", link_text=str(published.path))

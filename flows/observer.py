@@ -1,0 +1,60 @@
+"""How a run tells whoever watches it (the command line's progress bars) what it is doing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from pipeline.plan import Call, Plan
+
+
+class Observer(Protocol):
+    """Called from the run's threads."""
+
+    def planned(self, plan: Plan, to_build: list[Call]) -> None:
+        """The plan stands."""
+
+    def started(self, title: str) -> None:
+        """A stage began to run."""
+
+    def progressed(self, title: str, done: int, total: int) -> None:
+        """A stage got on."""
+
+    def ended(self, title: str, seconds: float, built: bool) -> None:
+        """A stage is done; `built` is false if its artifact was there."""
+
+
+class Silent:
+    """Nobody watches."""
+
+    def planned(self, plan: Plan, to_build: list[Call]) -> None:
+        """Say nothing."""
+
+    def started(self, title: str) -> None:
+        """Say nothing."""
+
+    def progressed(self, title: str, done: int, total: int) -> None:
+        """Say nothing."""
+
+    def ended(self, title: str, seconds: float, built: bool) -> None:
+        """Say nothing."""
+
+
+_current: Observer = Silent()
+
+
+def current() -> Observer:
+    """Who watches this process's runs."""
+    return _current
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Let an observer watch the runs of this block."""
+    global _current
+    before, _current = _current, observer
+    try:
+        yield
+    finally:
+        _current = before

@@ -1,0 +1,166 @@
+"""PET: a masked language model fine-tuned on one pattern (Schick & Schütze 2021).
+
+Loss = (1 - alpha) * cross-entropy over the label words at the mask + alpha * MLM on the transfer set, where
+MLM never picks padding, special tokens, the slot or the pattern's own tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from pipeline.annotators import Labelled, Progress, Texts
+from pipeline.base_model import BaseModel
+from pipeline.batching import pad, split_by_length
+from pipeline.cloze import ClozeModel, WordScorer, load_tokenizer, stack_words
+from pipeline.store import canonical_json
+from pipeline.tables import Floats
+from pipeline.template import Encoded, Encoder, Template
+from pipeline.training import epochs, seed_of, train as run_training
+from pipeline.verbalizer import Verbalizer
+
+PRIOR_ROWS = 256  # calibration: measured flat from 128 rows on
+_MLM_SHARE = 0.15  # of the text's tokens; of those 80 % masked, 10 % random, 10 % kept (Devlin et al. 2019)
+_SETTINGS = "annotator.json"
+
+
+class PetAnnotator:
+    """A pattern, its verbalizer and a fine-tuned masked language model."""
+
+    def __init__(self, spec: Mapping[str, Any], base: BaseModel, profile: Mapping[str, str]) -> None:
+        self.spec = dict(spec)
+        self.template = Template.parse(spec["pattern"]).require_mask()
+        self.tokenizer = load_tokenizer(base.path)
+        self.encoder = Encoder(self.tokenizer, min(spec["max_length"], base.positions), spec["truncation"])
+        self.verbalizer = Verbalizer.resolve(dict(spec["words"]), self.tokenizer)
+        self.model = ClozeModel(base.path, profile)
+        self.scorer = WordScorer(self.model, self.verbalizer)
+
+    def encode(self, texts: Texts) -> dict[int, Encoded]:
+        """Rows with as many masks as the words have tokens, one encoding a token count."""
+        cache: dict[Any, Any] = {}
+        return {
+            width: self.encoder.encode(self.template, texts, masks=width, cache=cache)
+            for width in self.verbalizer.widths
+        }
+
+    def calibrate(self, texts: Texts) -> None:
+        """Set the label words' prior from unlabelled rows."""
+        some = {name: column[:PRIOR_ROWS] for name, column in texts.items()}
+        if len(next(iter(some.values()), [])):
+            self.scorer.calibrate(self.scorer.score(self.encode(some)))
+
+    def log_probabilities(self, texts: Texts, progress: Progress | None = None) -> Floats:
+        """Log-probabilities of the labels, float32 ``[rows, labels]``."""
+        return self.scorer.log_probabilities(self.scorer.score(self.encode(texts), progress))
+
+    def save(self, path: Path) -> None:
+        """Write pattern, words, prior and the weights that training changed."""
+        settings = {**self.spec, "prior": self.scorer.bias.cpu().tolist()}
+        (path / _SETTINGS).write_text(canonical_json(settings), encoding="utf-8")
+        self.model.save_delta(path)
+
+
+def load(path: Path, base: BaseModel, profile: Mapping[str, str]) -> PetAnnotator:
+    """Read what `PetAnnotator.save` wrote."""
+    settings = json.loads((path / _SETTINGS).read_text(encoding="utf-8"))
+    prior = settings.pop("prior")
+    annotator = PetAnnotator(settings, base, profile)
+    annotator.model.load_delta(path)
+    annotator.scorer.bias = torch.tensor(prior, device=annotator.model.device)
+    return annotator
+
+
+def train(
+    spec: Mapping[str, Any],
+    labelled: Labelled,
+    transfer: Texts,
+    base: BaseModel,
+    profile: Mapping[str, str],
+    seed: int,
+    progress: Progress | None = None,
+) -> PetAnnotator:
+    """Calibrate and fine-tune; with no labelled rows or no steps, calibrate alone (zero-shot).
+
+    Args:
+        spec: pattern, words ([[label, [word, ...]], ...]), steps, batch_size, learning_rate, mlm_alpha,
+            mlm_batch_size, max_length, truncation.
+    """
+    annotator = PetAnnotator(spec, base, profile)
+    annotator.calibrate(transfer)
+    if len(labelled) == 0 or spec["steps"] == 0:
+        return annotator
+    model, scorer, pad_id = annotator.model, annotator.scorer, annotator.tokenizer.pad_token_id
+    encoded = annotator.encode(labelled.texts)
+    targets = torch.from_numpy(labelled.labels).to(model.device)
+    rows_of_step = epochs(len(labelled), spec["batch_size"], seed_of(seed, "rows"))
+    alpha = spec["mlm_alpha"]
+    masking = _Masking(annotator, transfer, spec["mlm_batch_size"], seed) if alpha > 0 else None
+
+    lengths = [len(row) for row in next(iter(encoded.values())).input_ids]
+
+    def losses_of_step(step: int) -> Iterator[torch.Tensor]:
+        rows = next(rows_of_step)
+        for part in split_by_length([lengths[i] for i in rows]):
+            some = rows[part]
+            with model.autocast():
+                scores = []
+                for inputs in encoded.values():
+                    ids, attention = pad([inputs.input_ids[i] for i in some], pad_id, model.device)
+                    at = torch.from_numpy(inputs.mask_at[some].astype(np.int64)).to(model.device)
+                    scores.append(scorer.word_scores(ids, attention, at))
+                logits = scorer.label_logits(stack_words(scores, len(annotator.verbalizer.words)))
+                loss = F.cross_entropy(logits.float(), targets[some])
+            yield (1 - alpha) * loss * len(some) / len(rows)
+        if masking is not None:
+            with model.autocast():
+                mlm = masking.loss()
+            yield alpha * mlm
+
+    run_training(
+        model, losses_of_step, steps=spec["steps"], learning_rate=spec["learning_rate"], seed=seed, progress=progress
+    )
+    return annotator
+
+
+class _Masking:
+    """Masked-language modelling on the transfer set, rendered in the annotator's pattern."""
+
+    def __init__(self, annotator: PetAnnotator, transfer: Texts, batch_size: int, seed: int) -> None:
+        self.annotator = annotator
+        self.inputs = next(iter(annotator.encode(transfer).values()))
+        self.random = np.random.default_rng(seed_of(seed, "mlm"))
+        self.rows_of_step = epochs(len(self.inputs), batch_size, seed_of(seed, "mlm rows"))
+
+    def loss(self) -> torch.Tensor:
+        """The MLM loss of the next batch."""
+        rows = next(self.rows_of_step)
+        tokenizer, model = self.annotator.tokenizer, self.annotator.model
+        masked, targets, at_row, at_column = [], [], [], []
+        for i, row in enumerate(rows):
+            ids = self.inputs.input_ids[row].copy()
+            open_to_masking = np.flatnonzero(~self.inputs.pattern_at[row])
+            if len(open_to_masking) == 0:
+                masked.append(ids)
+                continue
+            chosen = open_to_masking[self.random.random(len(open_to_masking)) < _MLM_SHARE]
+            if len(chosen) == 0:
+                chosen = self.random.choice(open_to_masking, 1)
+            targets.append(ids[chosen].astype(np.int64))
+            at_row.append(np.full(len(chosen), i))
+            at_column.append(chosen)
+            fate = self.random.random(len(chosen))
+            ids[chosen[fate < 0.8]] = tokenizer.mask_token_id
+            swapped = chosen[fate >= 0.9]
+            ids[swapped] = self.random.integers(0, len(tokenizer), len(swapped))
+            masked.append(ids)
+        ids_tensor, attention = pad(masked, tokenizer.pad_token_id, model.device)
+        at = [torch.from_numpy(np.concatenate(part)).to(model.device) for part in (at_row, at_column, targets)]
+        logits = model.logits_at(ids_tensor, attention, at[0], at[1])
+        return F.cross_entropy(logits.float(), at[2])

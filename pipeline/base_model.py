@@ -1,0 +1,122 @@
+"""The base model: from a name in the task file to a directory and a hash of its weights."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.store import sha256_of
+
+EMBEDDED = "embedded"
+_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A masked language model on disk.
+
+    Attributes:
+        name: as the task file has it.
+        path: its directory.
+        weights: a hash of weights, configuration and tokenizer; part of every key that depends on them.
+        config: the model's ``config.json``.
+    """
+
+    name: str
+    path: Path
+    weights: str
+    config: dict[str, Any]
+
+    @property
+    def positions(self) -> int:
+        """The most tokens it reads, special tokens included."""
+        limit = int(self.config.get("max_position_embeddings", 512))
+        # RoBERTa counts positions from padding_idx + 1, so that two of them are never used.
+        return limit - 2 if self.config.get("model_type") in {"roberta", "xlm-roberta", "camembert"} else limit
+
+    @property
+    def encoder_parameters(self) -> int:
+        """Parameters that every token passes through (embeddings left out), for estimates."""
+        width = int(self.config.get("hidden_size") or self.config.get("dim") or 768)
+        layers = int(self.config.get("num_hidden_layers") or self.config.get("n_layers") or 12)
+        inner = int(self.config.get("intermediate_size") or self.config.get("hidden_dim") or 4 * width)
+        return layers * (4 * width * width + 2 * width * inner)
+
+
+def embedded_path() -> Path:
+    """The embedded model: inside an installed wheel, or in a source checkout.
+
+    Raises:
+        InputError: neither has it.
+    """
+    package = Path(__file__).resolve().parent
+    for path in (package / "embedded" / "cloze-mini", package.parent / "data" / "models" / "cloze-mini"):
+        if (path / "config.json").is_file():
+            return path
+    raise InputError("the embedded model is not installed", where="base_model: embedded", fix="reinstall clozeline")
+
+
+def resolve_base_model(name: str, root: Path = Path(".")) -> BaseModel:
+    """Find a base model.
+
+    Args:
+        name: ``embedded``, a directory (relative to ``root``), or a hub name with a revision, NAME@REVISION.
+        root: the task file's directory.
+
+    Raises:
+        InputError: it is not there, has no safetensors, or has no masked-LM head.
+    """
+    if name == EMBEDDED:
+        path = embedded_path()
+    elif (root / name).is_dir():
+        path = root / name
+    elif "@" in name and not name.startswith((".", "/")):
+        path = _download(name)
+    else:
+        raise InputError(
+            f"there is no base model {name!r}",
+            where=f"base_model (looked in {root.resolve()})",
+            fix="use 'embedded', a directory, or a hub name with its revision: NAME@REVISION",
+        )
+    return _describe(name, path.resolve())
+
+
+@functools.cache
+def _describe(name: str, path: Path) -> BaseModel:
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise InputError("the base model has no safetensors", where=str(path), fix="convert it; pickles are not read")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't read the model's configuration: {error}", where=str(path / "config.json")) from None
+    architectures = config.get("architectures") or []
+    if architectures and not any("MaskedLM" in a or "PreTraining" in a for a in architectures):
+        raise InputError(
+            f"the base model has no masked-LM head (it is a {architectures[0]})",
+            where=f"base_model: {name}",
+            fix="choose a model that was saved with one (…ForMaskedLM)",
+        )
+    digest = hashlib.sha256()
+    for file in [*weights, path / "config.json", path / "tokenizer.json"]:
+        digest.update(f"{file.name}:{sha256_of(file) if file.is_file() else ''}\n".encode())
+    return BaseModel(name, path, digest.hexdigest()[:32], config)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repository, revision = name.rsplit("@", 1)
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_FILES))
+    except Exception as error:  # the hub client raises a dozen kinds, from OSError to its own
+        raise InputError(
+            f"can't fetch {repository} at {revision}: {error}",
+            where=f"base_model: {name}",
+            fix="check name, revision and network, or give a local directory",
+        ) from None

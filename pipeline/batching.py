@@ -1,0 +1,76 @@
+"""Ragged token ids to padded batches: sorted by length, so that padding costs next to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.template import TokenIds
+
+# Measured on two cores with the embedded model: flat between 2,048 and 8,192 tokens a batch; below, the
+# calls cost; above, the activations leave the cache.
+TOKEN_BUDGET = 4096
+# What one more forward and backward pass costs beside its tokens, in tokens: kernels started, weights cast.
+_PASS_TOKENS = 150
+
+
+def by_length(lengths: Sequence[int], token_budget: int = TOKEN_BUDGET) -> list[npt.NDArray[np.int64]]:
+    """Group row numbers into batches of similar length.
+
+    Args:
+        lengths: tokens of each row.
+        token_budget: a batch's rows times its longest row stay within it (a single longer row excepted).
+
+    Returns:
+        Batches of row numbers, every row in exactly one; the longest rows first, so that running out of
+        memory shows at once.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        longest = max(int(lengths[order[start]]), 1)
+        stop = min(start + max(token_budget // longest, 1), len(order))
+        batches.append(order[start:stop])
+        start = stop
+    return batches
+
+
+def pad(rows: Sequence[TokenIds], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad rows on the right.
+
+    Returns:
+        int64 ``input_ids`` and ``attention_mask``, both ``[rows, longest]``.
+    """
+    longest = max(len(row) for row in rows)
+    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), longest), dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def split_by_length(lengths: Sequence[int]) -> list[npt.NDArray[np.int64]]:
+    """Split the rows of one training step into at most two micro-batches, if that saves padding.
+
+    One long text among sixteen pads all of them to its length. The step's gradient is the same either way; the
+    cost is in padded tokens, plus what a second pass costs.
+
+    Args:
+        lengths: tokens of each row of the step.
+
+    Returns:
+        One or two arrays of positions in ``lengths``.
+    """
+    order = np.argsort(np.asarray(lengths, dtype=np.int64), kind="stable")
+    ordered = np.asarray(lengths, dtype=np.int64)[order]
+    rows = len(ordered)
+    cuts = np.arange(1, rows)
+    costs = cuts * ordered[:-1] + (rows - cuts) * ordered[-1] + _PASS_TOKENS
+    if rows < 2 or costs.min() >= rows * ordered[-1]:
+        return [order]
+    best = int(cuts[costs.argmin()])
+    return [order[:best], order[best:]]

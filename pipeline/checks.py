@@ -1,0 +1,179 @@
+"""Every mistake that can be found before a model runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from pipeline import tables
+from pipeline.base_model import EMBEDDED, BaseModel, resolve_base_model
+from pipeline.errors import InputError
+from pipeline.release import OWN_COLUMNS
+from pipeline.settings import Settings
+from pipeline.tables import ColumnRoles
+from pipeline.task import Task
+from pipeline.template import Encoder, Template
+from pipeline.verbalizer import Verbalizer
+
+_SAMPLE_ROWS = 1000
+_FREE_BYTES = 200_000_000
+
+
+def check_task(task: Task) -> list[str]:
+    """Check a task against its files and its base model.
+
+    Returns:
+        Warnings: what works, but may not be meant.
+
+    Raises:
+        InputError: all that is wrong, told at once.
+    """
+    problems: list[InputError] = []
+    warnings: list[str] = []
+    try:
+        base: BaseModel | None = resolve_base_model(task.base_model, task.root)
+    except InputError as error:
+        problems.append(error)
+        base = None
+    if base is not None:
+        _patterns(task, base, problems, warnings)
+    _columns(task, problems)
+    _files(task, problems, warnings)
+    free = shutil.disk_usage(_existing(Settings().store_path)).free
+    if free < _FREE_BYTES:
+        problems.append(
+            InputError(
+                f"only {free / 1e6:.0f} MB are free where the store lies",
+                where=str(Settings().store_path),
+                fix="free some space or set CLOZELINE_STORE",
+            )
+        )
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise InputError("\n".join(f"{i}. {problem}" for i, problem in enumerate(problems, 1)))
+    return warnings
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _patterns(task: Task, base: BaseModel, problems: list[InputError], warnings: list[str]) -> None:
+    """Label words and pattern lengths, against the tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    longest = min(task.resolved("training")["max_length"], base.positions)
+    encoder = Encoder(tokenizer, longest, task.training.truncation)
+    told: set[str] = set()
+    for name, annotator, _ in task.members():
+        where = f"annotators, {name}" if annotator.words else "labels"
+        try:
+            verbalizer = Verbalizer.resolve(task.words_of(annotator), tokenizer, where=where)
+        except InputError as error:
+            if str(error) not in told:
+                problems.append(error)
+                told.add(str(error))
+            continue
+        fixed = encoder.fixed_length(Template.parse(annotator.pattern), verbalizer.widths[-1])
+        if fixed > longest - 8:
+            problems.append(
+                InputError(
+                    f"the pattern {annotator.pattern!r} takes {fixed} of the {longest} tokens that the model reads",
+                    where=f"annotators, {name}",
+                    fix="shorten it, or raise training.max_length",
+                )
+            )
+        long_words = [word.text for word in verbalizer.words if len(word.ids) > 1]
+        if len(verbalizer.widths) > 1 and "widths" not in told:
+            told.add("widths")
+            warnings.append(
+                f"the label words {', '.join(sorted(set(long_words)))} take several tokens each: every text is read "
+                f"{len(verbalizer.widths)} times, once for each number of tokens"
+            )
+    try:
+        template = Template.parse(task.student_template)
+        for column in template.columns:
+            if column not in task.inputs.text:
+                raise InputError(f"student.template names {column!r}, which is not among inputs.text", where="student")
+    except InputError as error:
+        problems.append(error)
+
+
+def _columns(task: Task, problems: list[InputError]) -> None:
+    for name in [*task.inputs.text, *task.inputs.carry]:
+        if name in OWN_COLUMNS:
+            problems.append(
+                InputError(
+                    f"a release has a column {name!r} of its own",
+                    where="inputs.text" if name in task.inputs.text else "inputs.carry",
+                    fix="rename yours, or leave it out",
+                )
+            )
+    both = set(task.inputs.text) & set(task.inputs.carry)
+    if both:
+        problems.append(
+            InputError(f"{sorted(both)[0]!r} is a text column and carried along", where="inputs", fix="drop one")
+        )
+
+
+def _files(task: Task, problems: list[InputError], warnings: list[str]) -> None:
+    """Readability, columns, labels."""
+    inputs = task.inputs
+    try:
+        files = task.unlabelled_files()
+    except InputError as error:
+        problems.append(error)
+        files = []
+    roles = ColumnRoles(tuple(inputs.text), inputs.id, tuple(inputs.carry))
+    for file in files:
+        try:
+            tables.check_columns(tables.open_parquet(file), roles, str(file))
+        except InputError as error:
+            problems.append(error)
+    if files and not problems and sum(tables.open_parquet(file).metadata.num_rows for file in files) == 0:
+        problems.append(InputError("the unlabelled files hold no row", where="inputs.unlabelled"))
+    if files and not problems and task.base_model == EMBEDDED:
+        _language(files[0], inputs.text, warnings)
+    for key in ("labelled", "test"):
+        given = getattr(inputs, key)
+        if given is None:
+            continue
+        path = task.path(given)
+        try:
+            parquet = tables.open_parquet(path)
+            tables.check_columns(parquet, ColumnRoles(tuple(inputs.text), label=inputs.label), str(path))
+            found = tables.label_names_in(parquet, inputs.label)
+            unknown = sorted(str(name) for name in found if name not in task.labels)
+            if unknown:
+                problems.append(
+                    InputError(
+                        f"unknown labels: {', '.join(repr(name) for name in unknown[:5])}",
+                        where=f"{path}, column {inputs.label}",
+                        fix=f"the task's labels are: {', '.join(task.labels)}",
+                    )
+                )
+            missing = [name for name in task.labels if name not in found]
+            if key == "labelled" and missing:
+                warnings.append(f"no labelled row has the label {', '.join(missing)}: the patterns alone must find it")
+        except InputError as error:
+            problems.append(error)
+    if inputs.labelled is None:
+        warnings.append("no labelled rows: the annotators are used as they are (zero-shot)")
+
+
+def _language(file: Path, columns: list[str], warnings: list[str]) -> None:
+    """The embedded model reads English in lower case; say so when the text looks like something else."""
+    batch = next(tables.open_parquet(file).iter_batches(_SAMPLE_ROWS, columns=columns), None)
+    if batch is None:
+        return
+    text = "".join(str(value) for column in batch.columns for value in column.to_pylist() if value)
+    foreign = sum(not char.isascii() and char.isalpha() for char in text)
+    if foreign > 0.02 * max(len(text), 1):
+        warnings.append(
+            f"{100 * foreign / len(text):.0f} % of the characters are letters outside English, and the embedded model "
+            "reads English alone; name a base_model for your language"
+        )

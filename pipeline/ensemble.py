@@ -1,0 +1,117 @@
+"""Blending annotators into soft labels.
+
+Every annotator gives log-probabilities, whose scales differ less than raw logits' do; their probabilities are
+averaged with weights. Soft labels are kept at temperature 1: the distillation loss alone has a temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.tables import Floats
+
+SHRINKAGE = 50.0
+Doubles = npt.NDArray[np.float64]
+
+
+def shrunk_weights(accuracies: Sequence[float | None], rows: int, shrinkage: float = SHRINKAGE) -> Doubles:
+    """Weights from cross-validated accuracies, shrunk to uniform: w = (n * acc + m * mean) / (n + m).
+
+    With a handful of rows an accuracy has a standard error of ten points and more, so the mean pulls with the
+    weight of m rows.
+
+    Args:
+        accuracies: one an annotator; None where there was no cross-validation.
+        rows: n, the labelled rows behind them.
+        shrinkage: m.
+
+    Returns:
+        float64 ``[annotators]``, summing to one; uniform if any accuracy is missing or all are zero.
+
+    >>> shrunk_weights([0.9, 0.5], rows=50).round(3).tolist()
+    [0.571, 0.429]
+    """
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    if len(known) < len(accuracies) or sum(known) == 0:
+        return np.full(len(accuracies), 1 / len(accuracies))
+    values = np.asarray(known, dtype=np.float64)
+    weights = (rows * values + shrinkage * values.mean()) / (rows + shrinkage)
+    return np.asarray(weights / weights.sum(), dtype=np.float64)
+
+
+def blend(log_probabilities: Sequence[Floats], weights: Doubles) -> Floats:
+    """The weighted mean of the annotators' probabilities.
+
+    Args:
+        log_probabilities: float32 ``[rows, labels]`` of each annotator.
+        weights: ``[annotators]``, summing to one.
+
+    Returns:
+        float32 ``[rows, labels]``, each row summing to one.
+    """
+    total = np.zeros(log_probabilities[0].shape, dtype=np.float64)
+    for part, weight in zip(log_probabilities, weights, strict=True):
+        total += weight * np.exp(part.astype(np.float64))
+    return (total / total.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def majority(log_probabilities: Sequence[Floats]) -> npt.NDArray[np.int64]:
+    """The label with most votes, int64 ``[rows]``; a tie goes to the more probable label."""
+    votes = sum(np.eye(part.shape[1])[part.argmax(axis=1)] for part in log_probabilities)
+    uniform = blend(log_probabilities, np.full(len(log_probabilities), 1 / len(log_probabilities)))
+    return np.asarray((votes + 0.5 * uniform).argmax(axis=1), dtype=np.int64)
+
+
+def disagreement(log_probabilities: Sequence[Floats], weights: Doubles) -> Floats:
+    """The generalised Jensen-Shannon divergence of the annotators' distributions (Lin 1991).
+
+    JSD = H(sum of w_i p_i) - sum of w_i H(p_i), divided by its upper bound for the number of annotators and
+    labels, so that it lies in 0..1. One annotator never disagrees.
+
+    Returns:
+        float32 ``[rows]``.
+    """
+    rows, labels = log_probabilities[0].shape
+    bound = np.log(min(len(log_probabilities), labels))
+    if bound == 0:
+        return np.zeros(rows, dtype=np.float32)
+    mean_entropy = np.zeros(rows)
+    for part, weight in zip(log_probabilities, weights, strict=True):
+        mean_entropy += weight * _entropy(np.exp(part.astype(np.float64)))
+    divergence = _entropy(blend(log_probabilities, weights).astype(np.float64)) - mean_entropy
+    return np.clip(divergence / bound, 0, 1).astype(np.float32)
+
+
+def _entropy(probabilities: Doubles) -> Doubles:
+    return np.asarray(-(probabilities * np.log(np.maximum(probabilities, 1e-12))).sum(axis=1))
+
+
+def match_prior(probabilities: Floats, target: Doubles) -> Floats:
+    """Move soft labels so that their mean is the target's (distribution alignment).
+
+    Each column is scaled and rows are normalised, until the mean distribution fits (Sinkhorn; Berthelot et al.
+    2020 do one step of it).
+
+    Args:
+        probabilities: float32 ``[rows, labels]``.
+        target: float64 ``[labels]``, summing to one, all positive.
+    """
+    scale = np.ones_like(target)
+    values = probabilities.astype(np.float64)
+    for _ in range(100):
+        moved = values * scale
+        moved /= moved.sum(axis=1, keepdims=True)
+        mean = moved.mean(axis=0)
+        if np.abs(mean - target).max() < 1e-4:
+            break
+        scale *= target / np.maximum(mean, 1e-12)
+    return moved.astype(np.float32)
+
+
+def margin(probabilities: Floats) -> Floats:
+    """The most probable label's lead over the second, float32 ``[rows]``."""
+    top = np.partition(probabilities, -2, axis=1)[:, -2:]
+    return np.asarray(top[:, 1] - top[:, 0], dtype=np.float32)

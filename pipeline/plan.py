@@ -1,0 +1,368 @@
+"""The plan of a run: every stage with its key, before any of them runs.
+
+Keys are made of file hashes, settings and other stages' keys, so that the whole plan is known from the start:
+what is cached, what is not, and what the rest will cost. A key holds what changes the bytes and nothing else:
+no paths, no worker, no log level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.base_model import BaseModel
+from pipeline.device import numeric_profile
+from pipeline.store import Store, key_of, sha256_of
+from pipeline.tables import open_parquet
+from pipeline.task import Task
+
+# Bumped when a stage's meaning changes, so that what older code left is not taken for its work.
+STAGE_VERSIONS = {
+    "ingest": 1,
+    "prepare": 1,
+    "sample": 1,
+    "fit": 1,
+    "annotate": 1,
+    "blend": 1,
+    "distill": 1,
+    "label": 1,
+    "route": 1,
+    "evaluate": 1,
+    "release": 1,
+}
+ON_DEVICE = frozenset({"fit", "annotate", "distill", "label"})
+# Floating-point operations a second that the stages reach, measured with the embedded model on two cores (bf16
+# in hardware and fp32); for a GPU a cautious guess that the estimate names as such.
+_RATES = {("cpu", "bfloat16"): 4.0e11, ("cpu", "float32"): 1.4e11, ("cuda", "bfloat16"): 6e13, ("cuda", "float32"): 1e13}
+_CHARACTERS_PER_TOKEN = 4.4
+
+
+@dataclass(frozen=True)
+class Call:
+    """One stage of a plan.
+
+    Attributes:
+        stage: its name.
+        spec: the settings that change its bytes.
+        inputs: the stages whose artifacts it reads, by the name under which it asks for them.
+        where: locations (files, the base model's directory); never part of the key.
+        label: what it is doing, for people.
+        flops: floating-point operations expected, 0 for stages without a model.
+    """
+
+    stage: str
+    spec: Mapping[str, Any]
+    inputs: Mapping[str, Call] = field(default_factory=dict)
+    where: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+    flops: float = 0.0
+
+    @cached_property
+    def key(self) -> str:
+        """The content key of what it leaves."""
+        return key_of(
+            {
+                "stage": self.stage,
+                "version": STAGE_VERSIONS[self.stage],
+                "spec": self.spec,
+                "inputs": {name: call.key for name, call in self.inputs.items()},
+            }
+        )
+
+    @property
+    def on_device(self) -> bool:
+        """Whether it runs a model."""
+        return self.stage in ON_DEVICE
+
+    @property
+    def title(self) -> str:
+        """Its stage and what it is doing."""
+        return f"{self.stage} {self.label}".strip()
+
+    def request(self, store: Store) -> dict[str, Any]:
+        """The call as JSON, for whatever process runs it."""
+        return {
+            "stage": self.stage,
+            "key": self.key,
+            "version": STAGE_VERSIONS[self.stage],
+            "spec": dict(self.spec),
+            "inputs": {name: [call.stage, call.key] for name, call in self.inputs.items()},
+            "where": dict(self.where),
+            "store": str(store.root),
+            "title": self.title,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages of a run, each after what it needs; the last is the release."""
+
+    calls: list[Call]
+    profile: Mapping[str, str]
+    rows: int
+    warnings: list[str]
+
+    @property
+    def release(self) -> Call:
+        """The last stage."""
+        return self.calls[-1]
+
+    def find(self, stage: str) -> list[Call]:
+        """The calls of a stage."""
+        return [call for call in self.calls if call.stage == stage]
+
+    def to_build(self, store: Store) -> list[Call]:
+        """The calls whose artifacts the store does not have."""
+        return [call for call in self.calls if store.find(call.stage, call.key) is None]
+
+    def seconds(self, call: Call) -> float:
+        """A rough estimate of a call's duration."""
+        rate = _RATES.get((self.profile["device"], self.profile["dtype"]), 1e11)
+        return 0.3 + (1.0 if call.on_device else 0.0) + call.flops / rate
+
+
+def build_plan(task: Task, base: BaseModel, previous: Mapping[str, Any] | None = None) -> Plan:
+    """Plan a run.
+
+    Args:
+        task: what to do.
+        base: its base model.
+        previous: the manifest of the release that is there already; its transfer set is kept (see `_drawn_from`).
+
+    Raises:
+        InputError: a file can't be read.
+    """
+    return _Planner(task, base, previous).plan()
+
+
+class _Planner:
+    def __init__(self, task: Task, base: BaseModel, previous: Mapping[str, Any] | None) -> None:
+        self.task, self.base, self.previous = task, base, previous
+        self.training, self.student = task.resolved("training"), task.resolved("student")
+        self.profile = numeric_profile(self.training["dtype"])
+        self.labels = task.label_names
+        self.calls: dict[str, Call] = {}
+        self.warnings: list[str] = []
+
+    def add(self, call: Call) -> Call:
+        return self.calls.setdefault(call.key, call)
+
+    def ingest(self, file: Path, *, labelled: bool, name: str) -> Call:
+        inputs = self.task.inputs
+        spec: dict[str, Any] = {
+            "file": sha256_of(file),
+            "text": inputs.text,
+            "id": inputs.id,
+            "carry": inputs.carry,
+            "on_bad_rows": inputs.on_bad_rows,
+        }
+        if labelled:
+            spec |= {"label": inputs.label, "labels": self.labels}
+        return self.add(Call("ingest", spec, where={"file": str(file.absolute())}, label=name))
+
+    def plan(self) -> Plan:
+        task, inputs = self.task, self.task.inputs
+        files = task.unlabelled_files()
+        rows = {file: open_parquet(file).metadata.num_rows for file in files}
+        characters = _mean_characters(files[0], inputs.text)
+        shards = [self.ingest(file, labelled=False, name=file.name) for file in files]
+        sets: dict[str, Call] = {}
+        for name, given in (("labelled", inputs.labelled), ("test", inputs.test)):
+            if given is not None:
+                sets[name] = self.ingest(task.path(given), labelled=True, name=Path(given).name)
+        numbered = {f"shard:{i:06d}": shard for i, shard in enumerate(shards)}
+        prepare = self.add(
+            Call("prepare", {"ids": inputs.id is not None}, {**numbered, **sets}, {"names": [f.name for f in files]})
+        )
+        sample = self.sample(shards, rows, files, sets)
+        cap = task.sample.rows_per_label * len(self.labels)
+        transfer_rows = min(sum(rows.values()), cap)
+        tokens = characters / _CHARACTERS_PER_TOKEN
+        members = self.members(sets, sample, tokens)
+        forward = 2 * self.base.encoder_parameters
+
+        def annotate(rows_of: Call, suffix: str, count: int) -> dict[str, Call]:
+            calls = {}
+            for i, (name, fit) in enumerate(members.items()):
+                length = min(tokens + 10, self.training["max_length"])
+                calls[f"annotate:{i:03d}"] = self.add(
+                    Call(
+                        "annotate",
+                        {"profile": self.profile},
+                        {"fit": fit, "rows": rows_of},
+                        {"base": str(self.base.path), "base_name": self.base.name},
+                        f"{name} on {suffix}",
+                        count * length * forward,
+                    )
+                )
+            return calls
+
+        fits = {f"fit:{i:03d}": fit for i, fit in enumerate(members.values())}
+        scored = annotate(sample, "transfer", transfer_rows)
+        blend = self.add(
+            Call(
+                "blend",
+                {"ensemble": task.ensemble.model_dump(), "labels": self.labels, "members": list(members)},
+                {**scored, **fits, **{k: v for k, v in sets.items() if k == "labelled"}},
+            )
+        )
+        read = min(tokens + 2, self.training["max_length"])
+        distill = self.add(
+            Call(
+                "distill",
+                {
+                    **self.student,
+                    "template": task.student_template,
+                    "labels": self.labels,
+                    "max_length": self.training["max_length"],
+                    "truncation": self.training["truncation"],
+                    "base": self.base.weights,
+                    "profile": self.profile,
+                },
+                {"blend": blend, "sample": sample, **{k: v for k, v in sets.items() if k == "labelled"}},
+                {"base": str(self.base.path), "base_name": self.base.name},
+                flops=3 * forward * 1.4 * self.student["steps"] * self.student["batch_size"] * read,
+            )
+        )
+
+        def label(rows_of: Call, count: int) -> Call:
+            call = Call(
+                "label",
+                {"profile": self.profile},
+                {"distill": distill, "rows": rows_of},
+                label=rows_of.label,
+                flops=count * read * forward,
+            )
+            return self.add(call)
+
+        labelled_shards = {
+            f"label:{i:06d}": label(shard, rows[file])
+            for i, (shard, file) in enumerate(zip(shards, files, strict=True))
+        }
+        budget = task.release.review_budget
+        route = self.add(
+            Call("route", {"budget": budget}, {**numbered, **labelled_shards, "prepare": prepare}, label="review queue")
+        )
+        queued = annotate(route, "queue", 2 * budget)
+        evaluated: dict[str, Call] = {**fits, "blend": blend}
+        if "test" in sets:
+            count = open_parquet(task.path(inputs.test or "")).metadata.num_rows
+            evaluated |= annotate(sets["test"], "test", count) | {"student": label(sets["test"], count)}
+        evaluate = self.add(
+            Call("evaluate", {"labels": self.labels, "members": list(members)}, {**evaluated, **sets})
+        )
+        release = Call(
+            "release",
+            {
+                "name": task.name,
+                "labels": self.labels,
+                "text": inputs.text,
+                "carry": inputs.carry,
+                "members": list(members),
+                "budget": budget,
+                "sampled_from": [call.key for name, call in sample.inputs.items() if name.startswith("shard:")],
+                "task": self.settings(),
+            },
+            {
+                **numbered,
+                **labelled_shards,
+                **queued,
+                **{k: v for k, v in sets.items() if k == "labelled"},
+                "prepare": prepare,
+                "sample": sample,
+                "blend": blend,
+                "distill": distill,
+                "route": route,
+                "evaluate": evaluate,
+            },
+        )
+        self.add(release)
+        return Plan(list(self.calls.values()), self.profile, sum(rows.values()), self.warnings)
+
+    def settings(self) -> dict[str, Any]:
+        """The task as it was resolved, without paths: for the manifest and the card."""
+        task = self.task
+        return {
+            "labels": {label: list(words) for label, words in task.labels.items()},
+            "annotators": [
+                {"name": name, "pattern": annotator.pattern, "words": task.words_of(annotator), "seed": seed}
+                for name, annotator, seed in task.members()
+            ],
+            "base_model": {"name": Path(self.base.name).name, "weights": self.base.weights},
+            "preset": task.preset,
+            "training": self.training,
+            "ensemble": task.ensemble.model_dump(),
+            "sample": task.sample.model_dump(),
+            "student": {**self.student, "template": task.student_template},
+            "profile": self.profile,
+        }
+
+    def sample(self, shards: list[Call], rows: Mapping[Path, int], files: list[Path], sets: Mapping[str, Call]) -> Call:
+        """The transfer set: frozen once drawn, drawn again when the labels change or the pool has grown."""
+        counts = {shard.key: rows[file] for shard, file in zip(shards, files, strict=True)}
+        by_key = {shard.key: shard for shard in shards}
+        drawn = (self.previous or {}).get("sampled_from", [])
+        keep = bool(drawn) and all(key in by_key for key in drawn)
+        if keep:
+            old = sum(counts[key] for key in drawn)
+            keep = sum(counts.values()) <= old * (1 + self.task.sample.refresh_growth)
+        source = [by_key[key] for key in drawn] if keep else list(by_key.values())
+        inputs = {f"shard:{i:06d}": shard for i, shard in enumerate(sorted(source, key=lambda call: call.key))}
+        cap = self.task.sample.rows_per_label * len(self.labels)
+        return self.add(Call("sample", {"rows": cap}, {**inputs, **sets}, label="transfer set"))
+
+    def members(self, sets: Mapping[str, Call], sample: Call, tokens: float) -> dict[str, Call]:
+        """The ensemble: one fit a pattern and seed."""
+        shared = {key: value for key, value in self.training.items() if key != "dtype"}
+        inputs = {"sample": sample, **{k: v for k, v in sets.items() if k == "labelled"}}
+        length = min(tokens + 10, self.training["max_length"])
+        batch = shared["batch_size"] + (shared["mlm_batch_size"] if shared["mlm_alpha"] else 0)
+        steps = shared["steps"] * (1 + shared["folds"]) if "labelled" in sets else 0
+        fits = {}
+        for name, annotator, seed in self.task.members():
+            fits[name] = self.add(
+                Call(
+                    "fit",
+                    {
+                        **shared,
+                        "method": "pet",
+                        "pattern": annotator.pattern,
+                        "words": [[label, words] for label, words in self.task.words_of(annotator).items()],
+                        "labels": self.labels,
+                        "seed": seed,
+                        "base": self.base.weights,
+                        "profile": self.profile,
+                    },
+                    inputs,
+                    {"base": str(self.base.path), "base_name": self.base.name},
+                    name,
+                    6 * self.base.encoder_parameters * steps * batch * length * 1.4,
+                )
+            )
+        return fits
+
+
+def _mean_characters(file: Path, columns: list[str]) -> float:
+    """The mean length of the first rows' text, for estimates."""
+    parquet = open_parquet(file)
+    known = [column for column in columns if column in parquet.schema_arrow.names]
+    batch = next(parquet.iter_batches(256, columns=known), None)
+    if batch is None or batch.num_rows == 0:
+        return 0.0
+    lengths = (len(str(value)) for column in batch.columns for value in column.to_pylist() if value is not None)
+    return sum(lengths) / batch.num_rows
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration for people.
+
+    >>> human_seconds(75), human_seconds(4000)
+    ('1 min 15 s', '1.1 h')
+    """
+    if seconds < 60:
+        return f"{math.ceil(seconds)} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s" if seconds < 3600 else f"{seconds / 3600:.1f} h"

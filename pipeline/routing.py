@@ -1,0 +1,49 @@
+"""Which rows people should look at first."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.tables import Floats
+
+ROUTES = ["review", "auto", "audit", "train", "rest"]
+# The student's margin picks this many times the budget; the annotators then score just those, and margin and
+# disagreement together pick the budget's rows among them.
+CANDIDATES_PER_ROW = 2
+
+
+def lowest(margins: Floats, count: int) -> npt.NDArray[np.int64]:
+    """The ``count`` rows with the lowest margin, lowest first; ties in row order. int64."""
+    return np.asarray(np.argsort(margins, kind="stable")[:count], dtype=np.int64)
+
+
+def priorities(margins: Floats, disagreements: Floats) -> Floats:
+    """The urgency of each row, in 0..1, higher first: the mean of its ranks by margin and by disagreement.
+
+    Ranks, since the two have different scales and a student's margin says nothing of the annotators'.
+
+    Returns:
+        float32 ``[rows]``.
+    """
+    if len(margins) <= 1:
+        return np.ones(len(margins), dtype=np.float32)
+    ranks = _ranks(-margins) + _ranks(disagreements)
+    return np.asarray(ranks / (2 * (len(margins) - 1)), dtype=np.float32)
+
+
+def _ranks(values: Floats) -> npt.NDArray[np.float64]:
+    """Ranks from 0, equal values sharing their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return np.asarray(((ends - counts + ends - 1) / 2)[inverse])
+
+
+def reasons(margin: float, disagreement: float, margin_median: float, disagreement_median: float) -> list[str]:
+    """Why a row is in the queue: what puts it above the queue's median."""
+    found = []
+    if margin <= margin_median:
+        found.append("low_margin")
+    if disagreement > disagreement_median:
+        found.append("annotators_disagree")
+    return found or ["budget"]

@@ -1,0 +1,363 @@
+"""Parquet in and out: row ids, content hashes, streaming batches, one writer.
+
+Rows travel between stages as Parquet with the columns of `rows_schema`: a row id, a content hash of the shown
+text, the text columns and the columns carried along, each under its own name with a prefix, so that a user's
+column may be called whatever it likes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError
+
+TEXT, CARRY = "text.", "carry."
+BATCH_ROWS = 10_000
+Floats = npt.NDArray[np.float32]
+
+
+@contextmanager
+def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A writer with the settings used everywhere: zstd, row groups small enough to stream."""
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_index=True) as writer:
+        yield writer
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table in one go."""
+    with parquet_writer(path, table.schema) as writer:
+        writer.write_table(table, row_group_size=BATCH_ROWS)
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a user's Parquet file.
+
+    Raises:
+        InputError: it is missing, empty, truncated or no Parquet at all.
+    """
+    try:
+        return pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise InputError("the file does not exist", where=str(path)) from None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"can't read this as Parquet: {error}", where=str(path), fix="write it again; it may be truncated"
+        ) from None
+
+
+@dataclass(frozen=True)
+class ColumnRoles:
+    """Which columns of a user's file mean what.
+
+    Attributes:
+        text: the text columns.
+        id: the unique column, if there is one.
+        carry: the columns carried along as they are.
+        label: the label column, for files that have labels.
+    """
+
+    text: tuple[str, ...]
+    id: str | None = None
+    carry: tuple[str, ...] = ()
+    label: str | None = None
+
+    @property
+    def wanted(self) -> list[str]:
+        """The columns to read."""
+        named = [*self.text, *self.carry, self.id, self.label]
+        return list(dict.fromkeys(name for name in named if name is not None))
+
+
+def check_columns(file: pq.ParquetFile, roles: ColumnRoles, where: str) -> None:
+    """Check that the columns are there and hold what they should.
+
+    Raises:
+        InputError: a column is missing or has a type that can't serve.
+    """
+    schema = file.schema_arrow
+    for name in roles.wanted:
+        if name not in schema.names:
+            raise InputError(
+                f"there is no column {name!r}",
+                where=where,
+                fix=f"the file has: {', '.join(schema.names)}; name the right one under inputs",
+            )
+    for name in roles.text:
+        kind = _plain_type(schema.field(name).type)
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise InputError(
+                f"the column {name!r} holds {schema.field(name).type}, not text",
+                where=where,
+                fix="name a text column under inputs.text",
+            )
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _decoded(column: pa.Array) -> pa.Array:
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def as_strings(column: pa.Array) -> pa.Array:
+    """A column as plain strings, dictionaries decoded, numbers spelled out."""
+    return _decoded(column).cast(pa.string())
+
+
+def content_hash(texts: Sequence[str]) -> str:
+    """The hash of what a labeler is shown: 16 hex digits of SHA-256 over the NFC text of each column."""
+    joined = "\x1f".join(unicodedata.normalize("NFC", text) for text in texts)
+    return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def rows_schema(roles: ColumnRoles, source: pa.Schema) -> pa.Schema:
+    """The schema in which rows travel between stages."""
+    fields = [pa.field("row_id", pa.string()), pa.field("content_hash", pa.string())]
+    fields += [pa.field(TEXT + name, pa.string()) for name in roles.text]
+    # `datasets` has no feature for dictionaries, so that carried ones are decoded.
+    fields += [pa.field(CARRY + name, _plain_type(source.field(name).type)) for name in roles.carry]
+    if roles.label is not None:
+        fields.append(pa.field("label", pa.int64()))
+    return pa.schema(fields)
+
+
+QUARANTINE_SCHEMA = pa.schema([("row", pa.int64()), ("reason", pa.string()), ("text", pa.string())])
+
+
+@dataclass
+class Ingested:
+    """What `ingest` found in a file: counts for the report."""
+
+    rows: int = 0
+    quarantined: int = 0
+    repeated: int = 0
+    characters: int = 0
+    non_ascii: int = 0
+
+
+def ingest(
+    path: Path,
+    roles: ColumnRoles,
+    out: Path,
+    *,
+    label_names: Sequence[str] | None = None,
+    quarantine: bool = False,
+    name: str | None = None,
+) -> Ingested:
+    """Read a user's file batch by batch into ``out/rows.parquet`` and ``out/quarantine.parquet``.
+
+    Args:
+        path: the user's Parquet file.
+        roles: its columns.
+        out: a directory.
+        label_names: for a file with labels, their names in order.
+        quarantine: set rows without text aside instead of failing.
+        name: what errors call the file.
+
+    Raises:
+        InputError: see *Checks* in the documentation; every message names the file and the row.
+    """
+    where = name or str(path)
+    file = open_parquet(path)
+    check_columns(file, roles, where)
+    schema = rows_schema(roles, file.schema_arrow)
+    class_names = _class_names(file.schema_arrow, roles.label)
+    seen = _Seen()
+    found = Ingested()
+    row_number = 0
+    with (
+        parquet_writer(out / "rows.parquet", schema) as rows,
+        parquet_writer(out / "quarantine.parquet", QUARANTINE_SCHEMA) as aside,
+    ):
+        for batch in _batches(file, roles.wanted, where):
+            texts = {column: as_strings(batch.column(column)) for column in roles.text}
+            blank = None
+            for text in texts.values():
+                empty = pc.equal(pc.utf8_trim_whitespace(pc.fill_null(text, "")), "")
+                blank = empty if blank is None else pc.and_(blank, empty)
+            if pc.any(blank).as_py():
+                at = np.flatnonzero(np.asarray(blank)) + row_number
+                if not quarantine:
+                    raise InputError(
+                        f"row {at[0]} has no text ({len(at)} such rows in this batch)",
+                        where=f"{where}, column {' + '.join(roles.text)}",
+                        fix="set inputs.on_bad_rows: quarantine to set such rows aside and go on",
+                    )
+                first = texts[roles.text[0]].filter(blank)
+                aside.write_batch(
+                    pa.record_batch([pa.array(at), pa.array(["no text"] * len(at)), first], schema=QUARANTINE_SCHEMA)
+                )
+                found.quarantined += len(at)
+            keep = pc.invert(blank)
+            numbers = np.flatnonzero(np.asarray(keep)) + row_number
+            row_number += batch.num_rows
+            batch = batch.filter(keep)
+            shown = [pc.fill_null(texts[column].filter(keep), "") for column in roles.text]
+            columns = list(zip(*(column.to_pylist() for column in shown), strict=True))
+            hashes = [content_hash(row) for row in columns]
+            if roles.id is None:
+                ids = seen.number(hashes)
+            else:
+                ids = seen.check(as_strings(batch.column(roles.id)).to_pylist(), numbers, f"{where}, column {roles.id}")
+            arrays = [pa.array(ids, pa.string()), pa.array(hashes, pa.string()), *shown]
+            arrays += [_decoded(batch.column(column)) for column in roles.carry]
+            if roles.label is not None:
+                assert label_names is not None
+                given = _label_texts(batch.column(roles.label), class_names)
+                arrays.append(_label_numbers(given, label_names, numbers, f"{where}, column {roles.label}"))
+            rows.write_batch(pa.record_batch(arrays, schema=schema))
+            found.rows += batch.num_rows
+            found.characters += sum(len(text) for row in columns for text in row)
+            found.non_ascii += sum(not text.isascii() for row in columns for text in row)
+    found.repeated = seen.repeated
+    return found
+
+
+def _batches(file: pq.ParquetFile, columns: list[str], where: str) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(BATCH_ROWS, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"can't read this Parquet to its end: {error}", where=where, fix="write it again") from None
+
+
+class _Seen:
+    """Row ids met so far in one file."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self.repeated = 0
+
+    def number(self, hashes: list[str]) -> list[str]:
+        """Ids for rows without an id column: the content hash, with a counter from its second occurrence."""
+        ids = []
+        for content in hashes:
+            count = self._counts[content] = self._counts.get(content, 0) + 1
+            self.repeated += count > 1
+            ids.append(content if count == 1 else f"{content}-{count}")
+        return ids
+
+    def check(self, ids: list[str | None], numbers: npt.NDArray[np.int64], where: str) -> list[str]:
+        checked = []
+        for row_id, number in zip(ids, numbers, strict=True):
+            if row_id is None:
+                raise InputError(f"row {number} has no id", where=where, fix="fill it, or leave inputs.id out")
+            if row_id in self._counts:
+                raise InputError(
+                    f"row {number} has the id {row_id!r}, as row {self._counts[row_id]} has",
+                    where=where,
+                    fix="make the ids unique, or leave inputs.id out: ids are then made from the text",
+                )
+            self._counts[row_id] = int(number)
+            checked.append(row_id)
+        return checked
+
+
+def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
+    """The names behind a ClassLabel column, where `datasets` left them in the footer."""
+    if label is None or b"huggingface" not in (schema.metadata or {}):
+        return None
+    from datasets import ClassLabel, Features
+
+    feature = Features.from_arrow_schema(schema).get(label)
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def _label_texts(column: pa.Array, class_names: list[str] | None) -> list[str | None]:
+    if class_names is not None:
+        return [None if i is None or i < 0 else class_names[i] for i in column.to_pylist()]
+    texts: list[str | None] = as_strings(column).to_pylist()
+    return texts
+
+
+def label_names_in(file: pq.ParquetFile, label: str) -> set[str | None]:
+    """The distinct label names of a file's label column."""
+    names = _class_names(file.schema_arrow, label)
+    found: set[str | None] = set()
+    for batch in file.iter_batches(BATCH_ROWS, columns=[label]):
+        found |= set(_label_texts(batch.column(0), names))
+    return found
+
+
+def _label_numbers(
+    given: list[str | None], names: Sequence[str], numbers: npt.NDArray[np.int64], where: str
+) -> pa.Array:
+    index = {name: i for i, name in enumerate(names)}
+    for label, number in zip(given, numbers, strict=True):
+        if label not in index:
+            raise InputError(
+                f"row {number} has the unknown label {label!r}" if label is not None else f"row {number} has no label",
+                where=where,
+                fix=f"the task's labels are: {', '.join(names)}",
+            )
+    return pa.array([index[label] for label in given if label is not None], pa.int64())
+
+
+class Rows:
+    """Rows as the stages leave them.
+
+    Args:
+        path: an artifact's directory that holds ``rows.parquet``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path / "rows.parquet"
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The file's schema."""
+        return pq.read_schema(self.file)
+
+    def read(self, columns: list[str] | None = None) -> pa.Table:
+        """All rows at once; for the labelled, test, transfer and queue sets, which are small."""
+        return pq.read_table(self.file, columns=columns)
+
+    def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows in batches of at most `BATCH_ROWS`."""
+        with pq.ParquetFile(self.file) as file:
+            yield from file.iter_batches(BATCH_ROWS, columns=columns)
+
+    @property
+    def count(self) -> int:
+        """How many rows."""
+        with pq.ParquetFile(self.file) as file:
+            return int(file.metadata.num_rows)
+
+
+def texts_of(table: pa.Table | pa.RecordBatch) -> dict[str, list[str]]:
+    """The text columns of rows, by the names that patterns use."""
+    return {
+        name.removeprefix(TEXT): table.column(name).to_pylist()
+        for name in table.schema.names
+        if name.startswith(TEXT)
+    }
+
+
+def probability_type(labels: int) -> pa.DataType:
+    """A distribution over the labels: float32, fixed length, so that readers see K."""
+    return pa.list_(pa.float32(), labels)
+
+
+def to_lists(values: Floats) -> pa.Array:
+    """``[rows, labels]`` float32 as an Arrow column of fixed-size lists."""
+    flat = pa.array(np.ascontiguousarray(values, dtype=np.float32).ravel(), pa.float32())
+    return pa.FixedSizeListArray.from_arrays(flat, type=probability_type(values.shape[1]))
+
+
+def from_lists(column: pa.Array | pa.ChunkedArray) -> Floats:
+    """An Arrow column of fixed-size lists as ``[rows, labels]`` float32."""
+    chunks: Iterable[pa.Array] = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    width = column.type.list_size
+    parts = [np.asarray(chunk.flatten(), dtype=np.float32).reshape(-1, width) for chunk in chunks]
+    return np.concatenate(parts) if parts else np.zeros((0, width), dtype=np.float32)

@@ -1,0 +1,379 @@
+"""The task file: what is to be labelled, and how.
+
+A task is YAML, validated before anything else happens. Paths in it are relative to the file. The smallest
+useful one names the labels with a word each, the Parquet files and two patterns; everything else has a
+default. Unknown keys are errors that name the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import InputError
+from pipeline.template import Template
+
+
+def _listed(value: Any) -> Any:
+    """One value stands for a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+def _pattern_alone(value: Any) -> Any:
+    """A bare pattern stands for a PET annotator with that pattern."""
+    return {"pattern": value} if isinstance(value, str) else value
+
+
+Words = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+Columns = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of the task file: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Inputs(Section):
+    """Where the rows are and what their columns mean."""
+
+    labelled: str | None = Field(None, description="Parquet with the labelled rows; without it: zero-shot")
+    unlabelled: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] = Field(
+        description="Parquet to label: one path or glob, or a list of them"
+    )
+    test: str | None = Field(None, description="Parquet with labels that are used for the report alone")
+    text: Columns = Field(default=["text"], description="the text column, or several")
+    label: str = Field("label", description="the label column of the labelled and the test file")
+    id: str | None = Field(None, description="a unique column; without it the id is a hash of the text")
+    carry: list[str] = Field(default=[], description="columns to carry along into the release")
+    on_bad_rows: Literal["fail", "quarantine"] = Field(
+        "fail", description="what to do with a row without text: stop, or set it aside and go on"
+    )
+
+
+class Annotator(Section):
+    """One pattern and its verbalizer, fine-tuned once a seed."""
+
+    pattern: str
+    words: dict[str, Words] | None = Field(None, description="label words of its own")
+    seeds: int = Field(1, ge=1, le=20, description="how many models with different seeds")
+    name: str | None = None
+
+    @field_validator("pattern")
+    @classmethod
+    def _parses(cls, pattern: str) -> str:
+        try:
+            Template.parse(pattern).require_mask()
+        except InputError as error:
+            raise ValueError(f"{error.problem}; {error.fix}") from None
+        return pattern
+
+
+class Training(Section):
+    """How each annotator is fine-tuned. A preset fills what is left out."""
+
+    preset: Literal["quick", "paper"] | None = Field(
+        None, description="quick is the default for the embedded model, paper (table 5) for any other"
+    )
+    steps: int | None = Field(None, ge=0, le=100_000)
+    batch_size: int | None = Field(None, ge=1, le=1024)
+    learning_rate: float | None = Field(None, gt=0, le=0.1)
+    mlm_alpha: float | None = Field(
+        None, ge=0, lt=1, description="the share of the MLM loss: (1 - alpha) * CE + alpha * MLM"
+    )
+    mlm_batch_size: int | None = Field(None, ge=1, le=1024)
+    max_length: int | None = Field(None, ge=8, le=8192)
+    folds: int | None = Field(None, ge=0, le=20, description="cross-validation folds; each costs one more fit")
+    truncation: Literal["head", "tail"] = "head"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class Ensemble(Section):
+    """How the annotators are blended."""
+
+    weights: Literal["weighted", "uniform"] = "weighted"
+    prior: Literal["none", "labelled"] = Field(
+        "none", description="'labelled' moves the soft labels' shares towards the labelled rows' shares"
+    )
+
+
+class Sample(Section):
+    """The transfer set: the unlabelled rows that the soft labels are made of."""
+
+    rows_per_label: int = Field(10_000, ge=1)
+    refresh_growth: float = Field(
+        0.5, ge=0, description="draw it again when the pool has grown by more than this share"
+    )
+
+
+class Student(Section):
+    """The classifier that is distilled from the soft labels and labels everything."""
+
+    steps: int | None = Field(None, ge=1, le=1_000_000)
+    batch_size: int | None = Field(None, ge=1, le=1024)
+    learning_rate: float | None = Field(None, gt=0, le=0.1)
+    temperature: float = Field(2.0, gt=0, le=100)
+    template: str | None = Field(None, description="what it reads; by default the text columns, joined")
+
+
+class Release(Section):
+    """What is published."""
+
+    path: str | None = Field(None, description="the release directory; by default releases/NAME")
+    review_budget: int = Field(500, ge=0, description="rows for people to review")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Table 5 of Schick & Schütze (2021): one labelled and three unlabelled texts a step, four steps
+    # accumulated, 1,000 steps; the classifier 5,000 steps of 16.
+    "paper": {
+        "training": {
+            "steps": 1000,
+            "batch_size": 4,
+            "learning_rate": 1e-5,
+            "mlm_alpha": 1e-4,
+            "mlm_batch_size": 12,
+            "max_length": 256,
+            "folds": 4,
+        },
+        "student": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-5},
+    },
+    # Chosen by measuring on rows cut from train (docs/benchmarks.md, "Choosing the quick preset").
+    "quick": {
+        "training": {
+            "steps": 60,
+            "batch_size": 16,
+            "learning_rate": 5e-5,
+            "mlm_alpha": 0.0,
+            "mlm_batch_size": 16,
+            "max_length": 128,
+            "folds": 3,
+        },
+        "student": {"steps": 200, "batch_size": 32, "learning_rate": 1e-4},
+    },
+}
+
+
+class Task(Section):
+    """A validated task.
+
+    >>> task = Task.load("data/tickets/task.yaml")  # doctest: +SKIP
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+    labels: dict[str, Words] = Field(description="each label with its word or words")
+    inputs: Inputs
+    annotators: list[Annotated[Annotator, BeforeValidator(_pattern_alone)]] = Field(min_length=1)
+    base_model: str = Field(
+        "embedded", description="'embedded', a directory, or a hub name with a revision: NAME@REVISION"
+    )
+    training: Training = Training()
+    ensemble: Ensemble = Ensemble()
+    sample: Sample = Sample()
+    student: Student = Student()
+    release: Release = Release()
+    root: Path = Field(default=Path("."), exclude=True)
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _labels_need_words(cls, labels: Any) -> Any:
+        if not isinstance(labels, dict) or len(labels) < 2:
+            raise ValueError("give at least two labels, each with its words:  {good: [great, good], bad: awful}")
+        for label, words in labels.items():
+            if not isinstance(label, str):
+                raise ValueError(f"the label {label!r} is not text; quote it: '{label}'")
+            if words is None or words == [] or words == "":
+                raise ValueError(f"the label {label!r} has no word")
+        return labels
+
+    @model_validator(mode="after")
+    def _annotators_agree(self) -> Self:
+        names = [name for name, *_ in self.members()]
+        doubles = {name for name in names if names.count(name) > 1}
+        if doubles:
+            raise ValueError(f"two annotators are called {sorted(doubles)[0]!r}; give each a name of its own")
+        for annotator in self.annotators:
+            for label in set(annotator.words or self.labels) ^ set(self.labels):
+                raise ValueError(
+                    f"the words of the pattern {annotator.pattern!r} and the task's labels differ at {label!r}"
+                )
+            for column in Template.parse(annotator.pattern).columns:
+                if column not in self.inputs.text:
+                    raise ValueError(
+                        f"the pattern {annotator.pattern!r} names the column {column!r}, which is not among "
+                        f"inputs.text ({', '.join(self.inputs.text)})"
+                    )
+        return self
+
+    @property
+    def label_names(self) -> list[str]:
+        """The labels in the one order used everywhere."""
+        return list(self.labels)
+
+    def members(self) -> Iterator[tuple[str, Annotator, int]]:
+        """Each member of the ensemble: its name, its annotator and its seed."""
+        for i, annotator in enumerate(self.annotators):
+            base = annotator.name or f"p{i}"
+            for seed in range(annotator.seeds):
+                yield (base if annotator.seeds == 1 else f"{base}-s{seed}"), annotator, seed
+
+    def words_of(self, annotator: Annotator) -> dict[str, list[str]]:
+        """The verbalizer's words in the labels' order."""
+        words = annotator.words or self.labels
+        return {label: list(words[label]) for label in self.labels}
+
+    @property
+    def preset(self) -> str:
+        """The preset in force."""
+        return self.training.preset or ("quick" if self.base_model == "embedded" else "paper")
+
+    def resolved(self, section: Literal["training", "student"]) -> dict[str, Any]:
+        """A section's settings with the preset's values where the file leaves them out."""
+        given = getattr(self, section).model_dump(exclude={"preset"})
+        return {**given, **{k: v for k, v in PRESETS[self.preset][section].items() if given[k] is None}}
+
+    @property
+    def student_template(self) -> str:
+        """What the student reads."""
+        return self.student.template or " ".join("{" + column + "}" for column in self.inputs.text)
+
+    def path(self, given: str) -> Path:
+        """A path of the file, relative to the file."""
+        return Path(given) if Path(given).is_absolute() else self.root / given
+
+    def unlabelled_files(self) -> list[Path]:
+        """The Parquet files to label, sorted by path, each once.
+
+        Raises:
+            InputError: a path or glob matches nothing.
+        """
+        found: dict[Path, None] = {}
+        for given in self.inputs.unlabelled:
+            matches = sorted(glob.glob(str(self.path(given)), recursive=True))
+            if not matches:
+                raise InputError(
+                    f"no file matches {given!r}",
+                    where=f"inputs.unlabelled (looked in {self.root.resolve()})",
+                    fix="paths are relative to the task file",
+                )
+            found.update(dict.fromkeys(Path(match) for match in matches))
+        return list(found)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Task:
+        """Read a task file.
+
+        Args:
+            path: the YAML file.
+            overrides: ``dotted.key=value`` settings that win over the file's; values are YAML.
+
+        Raises:
+            InputError: the file is missing, is not YAML, or does not describe a task; all mistakes are told
+                at once, each with its line.
+        """
+        path = Path(path)
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"can't read the task file: {error}", where=str(path), fix="`clozeline init` writes one"
+            ) from error
+        try:
+            node = yaml.compose(source, Loader=yaml.SafeLoader)
+            raw = yaml.safe_load(source)
+        except yaml.YAMLError as error:
+            raise InputError(f"this is not YAML: {error}", where=str(path)) from error
+        if not isinstance(raw, dict):
+            raise InputError("a task file is a mapping of keys to values", where=str(path))
+        for override in overrides:
+            _apply(raw, override)
+        raw.setdefault("name", path.stem if path.stem != "task" else path.resolve().parent.name)
+        return cls.from_dict(raw, root=path.parent, where=str(path), node=node)
+
+    @classmethod
+    def from_dict(
+        cls, raw: Mapping[str, Any], *, root: Path = Path("."), where: str = "task", node: yaml.Node | None = None
+    ) -> Task:
+        """Validate a task given as a mapping; `root` is what its paths are relative to.
+
+        Raises:
+            InputError: it does not describe a task.
+        """
+        try:
+            return cls.model_validate({**raw, "root": root})
+        except ValidationError as error:
+            told = [_tell(cls, problem, where, node) for problem in error.errors()]
+            raise InputError("\n".join(told), fix="`clozeline init` shows every key in a commented file") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one ``dotted.key=value`` in a raw task."""
+    key, equals, value = override.partition("=")
+    steps = key.strip().split(".")
+    if not equals or not all(steps):
+        raise InputError(f"{override!r} is not dotted.key=value", where="--set", fix="for example training.steps=100")
+    at: Any = raw
+    for step in steps[:-1]:
+        at = at[int(step)] if isinstance(at, list) and step.isdigit() else at.setdefault(step, {})
+        if not isinstance(at, dict | list):
+            raise InputError(f"{step!r} in {key!r} holds a value, not a section", where="--set")
+    at[int(steps[-1]) if isinstance(at, list) else steps[-1]] = yaml.safe_load(value)
+
+
+def _known_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """The keys that a task knows at a place."""
+    at: Any = model
+    for step in location:
+        if isinstance(step, int):
+            continue
+        field = at.model_fields.get(step) if isinstance(at, type) and issubclass(at, BaseModel) else None
+        if field is None:
+            return []
+        at = next((kind for kind in _models_in(field.annotation)), None)
+    return [key for key in at.model_fields if key != "root"] if at is not None else []
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _models_in(inner)
+
+
+def _line_of(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
+    """The line on which a key stands, counted from one."""
+    line = None
+    for step in location:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((k, v) for k, v in node.value if k.value == str(step)), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _tell(model: type[BaseModel], problem: Any, where: str, node: yaml.Node | None) -> str:
+    """One validation error as a line that a user can act on."""
+    location = problem["loc"]
+    key = ".".join(str(step) for step in location)
+    line = _line_of(node, location)
+    place = f"{where}{f':{line}' if line else ''}"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(model, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+        return f"{place}: unknown key {key!r}; the nearest known key is {near[0] if near else '(none)'!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        message = "is missing"
+    return f"{place}: {key + ': ' if key else ''}{message}"

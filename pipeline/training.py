@@ -1,0 +1,108 @@
+"""The one training loop: AdamW, linear decay, clipped gradients, fp32 master weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.errors import ClozelineError
+
+Progress = Callable[[int, int], None]
+_CLIP, _WEIGHT_DECAY = 1.0, 0.01  # paper, table 5
+
+
+class Diverged(ClozelineError):
+    """The loss is no longer a number."""
+
+
+def seed_of(*parts: object) -> int:
+    """A seed from whatever names the work, never from what ran before in the process.
+
+    >>> seed_of("fit", "p0", 0) == seed_of("fit", "p0", 0)
+    True
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
+
+
+def epochs(rows: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    """Row numbers for one step after the other, shuffled anew each epoch; a batch may span two epochs."""
+    random = np.random.default_rng(seed)
+    queue = random.permutation(rows)
+    while True:
+        while len(queue) < batch_size:
+            queue = np.concatenate([queue, random.permutation(rows)])
+        yield queue[:batch_size]
+        queue = queue[batch_size:]
+
+
+def train(
+    model: nn.Module,
+    losses_of_step: Callable[[int], Iterable[torch.Tensor]],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    head: Callable[[str], bool] = lambda name: False,
+    head_learning_rate: float | None = None,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Train a model in place.
+
+    Args:
+        model: its parameters with ``requires_grad`` are trained.
+        losses_of_step: gives the parts of a step's loss, scalars with graphs whose gradients are added up; each
+            part's graph is freed before the next is built.
+        steps: optimizer steps; the learning rate falls linearly to zero over them.
+        learning_rate: of the pretrained weights.
+        seed: for dropout.
+        head: which parameters, by name, are new and learn at ``head_learning_rate``.
+        head_learning_rate: by default the same.
+        progress: called with steps done and steps in all.
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        Diverged: a loss is not finite.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((head(name), parameter.ndim > 1), []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr": (head_learning_rate or learning_rate) if new else learning_rate,
+                "weight_decay": _WEIGHT_DECAY if decays else 0.0,  # biases and layer norms do not decay
+            }
+            for (new, decays), parameters in groups.items()
+        ],
+        fused=True,  # measured: 10 ms a step instead of 46 on two cores for 23 M parameters
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
+    trained = [parameter for parameters in groups.values() for parameter in parameters]
+    torch.manual_seed(seed)
+    model.train()
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        value = 0.0
+        for loss in losses_of_step(step):
+            loss.backward()
+            value += loss.item()
+        if not math.isfinite(value):
+            raise Diverged(f"the loss became {value} at step {step + 1} of {steps}; lower the learning rate")
+        nn.utils.clip_grad_norm_(trained, _CLIP)
+        optimizer.step()
+        schedule.step()
+        losses.append(value)
+        if progress:
+            progress(step + 1, steps)
+    model.eval()
+    return losses
