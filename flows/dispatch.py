@@ -21,16 +21,25 @@ from pipeline.worker import StageProcesses
 
 _ARTIFACT_SECONDS = 2.0
 _processes: dict[str, StageProcesses] = {}
+_executed: dict[str, list[str]] = {}
 
 
 def register(run: str, processes: StageProcesses) -> None:
     """Make a run's processes known to its tasks (task parameters travel as JSON, processes can't)."""
     _processes[run] = processes
+    _executed[run] = []
 
 
-def unregister(run: str) -> None:
-    """Stop a run's processes."""
+def unregister(run: str) -> list[str]:
+    """Stop a run's processes; returns the titles of the stages that they executed, in the order of their ends."""
     _processes.pop(run).close()
+    return _executed.pop(run)
+
+
+def stop_all() -> None:
+    """Stop the processes of every run; their artifacts stay unpublished."""
+    for processes in list(_processes.values()):
+        processes.close()
 
 
 def _key(context: Any, parameters: Mapping[str, Any]) -> str:
@@ -59,8 +68,7 @@ def stage_task(title: str, request: dict[str, Any], run: str) -> dict[str, Any]:
     watcher = observer.current()
     found = store.find(request["stage"], request["key"])
     if found is not None:  # no process, and no device, is held for what is there
-        watcher.ended(title, 0.0, built=False)
-        return {"stage": request["stage"], "key": request["key"], "seconds": found.seconds, "built": False}
+        return {"stage": request["stage"], "key": request["key"], "seconds": found.seconds}
     with _processes[run].lease() as process:
         watcher.started(title)
         report = _ProgressArtifact(title, request["key"])
@@ -71,7 +79,12 @@ def stage_task(title: str, request: dict[str, Any], run: str) -> dict[str, Any]:
 
         result = process.run(request, progress)
     watcher.ended(title, result["seconds"], built=result["built"])
-    return {"stage": request["stage"], "key": request["key"], "seconds": result["seconds"], "built": result["built"]}
+    return {
+        "stage": request["stage"],
+        "key": request["key"],
+        "seconds": result["seconds"],
+        "built": result["built"],
+    }
 
 
 class _ProgressArtifact:

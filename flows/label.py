@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow
@@ -18,18 +17,11 @@ from pipeline.checks import check_task
 from pipeline.device import cuda_devices
 from pipeline.errors import StageFailed
 from pipeline.plan import Plan, build_plan
-from pipeline.release import Published, latest_manifest, publish
+from pipeline.release import Published, latest_manifest, publish, release_path
 from pipeline.settings import Settings
 from pipeline.store import Store
 from pipeline.task import Task
 from pipeline.worker import StageProcesses
-
-
-def release_path(task: Task, out: str | None) -> Path:
-    """Where a task's versions are published: the command's word, then the task's, then the default."""
-    if out is not None:
-        return Path(out).absolute()
-    return task.path(task.release.path).absolute() if task.release.path else Settings().release_path(task.name)
 
 
 def plan_of(task: Task, out: str | None) -> Plan:
@@ -64,14 +56,18 @@ def label(
     run = uuid.uuid4().hex
     processes = StageProcesses(cuda_devices())
     dispatch.register(run, processes)
+    executed: list[str] = []
     try:
         with temporary_settings({PREFECT_RESULTS_LOCAL_STORAGE_PATH: store.root / "prefect"}):
             futures: dict[str, Any] = {}
             for call in plan.calls:
                 futures[call.key] = dispatch.submit(call, store, run, futures)
-            results = {call.key: futures[call.key].result() for call in plan.calls}
+            results = {}
+            for call in plan.calls:
+                results[call.key] = futures[call.key].result()
+                observer.current().finished(call.title)
     finally:
-        dispatch.unregister(run)
+        executed = dispatch.unregister(run)
     artifact = store.find(plan.release.stage, plan.release.key)
     if artifact is None:
         raise StageFailed("the release stage left nothing in the store")
@@ -84,7 +80,7 @@ def label(
         "release": str(published.path),
         "new": published.new,
         "warnings": [*warnings, *plan.warnings],
-        "executed": [call.title for call in plan.calls if results[call.key]["built"]],
+        "executed": executed,
         "seconds": seconds,
     }
     _draw(summary, published)

@@ -21,8 +21,11 @@ class Observer(Protocol):
     def progressed(self, title: str, done: int, total: int) -> None:
         """A stage got on."""
 
-    def ended(self, title: str, seconds: float, built: bool) -> None:
-        """A stage is done; `built` is false if its artifact was there."""
+    def built(self, title: str, seconds: float) -> None:
+        """A stage ran to its end."""
+
+    def finished(self, title: str) -> None:
+        """A stage's artifact is there, built or cached."""
 
 
 class Silent:
@@ -37,7 +40,10 @@ class Silent:
     def progressed(self, title: str, done: int, total: int) -> None:
         """Say nothing."""
 
-    def ended(self, title: str, seconds: float, built: bool) -> None:
+    def built(self, title: str, seconds: float) -> None:
+        """Say nothing."""
+
+    def finished(self, title: str) -> None:
         """Say nothing."""
 
 

@@ -104,15 +104,15 @@ def _patterns(task: Task, base: BaseModel, problems: list[InputError], warnings:
 
 
 def _columns(task: Task, problems: list[InputError]) -> None:
-    for name in [*task.inputs.text, *task.inputs.carry]:
-        if name in OWN_COLUMNS:
-            problems.append(
-                InputError(
-                    f"a release has a column {name!r} of its own",
-                    where="inputs.text" if name in task.inputs.text else "inputs.carry",
-                    fix="rename yours, or leave it out",
-                )
-            )
+    problems.extend(
+        InputError(
+            f"a release has a column {name!r} of its own",
+            where="inputs.text" if name in task.inputs.text else "inputs.carry",
+            fix="rename yours, or leave it out",
+        )
+        for name in [*task.inputs.text, *task.inputs.carry]
+        if name in OWN_COLUMNS
+    )
     both = set(task.inputs.text) & set(task.inputs.carry)
     if both:
         problems.append(

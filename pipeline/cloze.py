@@ -37,10 +37,12 @@ class _RowsOfDecoder(nn.Module):
     The rows are multiplied in fp32: a label word's logit decides a label, and costs nothing beside the encoder.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, decoder: Any) -> None:
         super().__init__()
-        self.weight = decoder.weight
-        self.bias = decoder.bias
+        self.weight, self.bias = decoder.weight, decoder.bias
         self.rows: torch.Tensor | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -85,6 +87,17 @@ class ClozeModel(nn.Module):
     def autocast(self) -> AbstractContextManager[Any]:
         """The numbers that the profile asks for; master weights stay fp32."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def set_dropout(self, share: float | None) -> None:
+        """Train with this dropout everywhere; None leaves what the model came with."""
+        if share is not None:
+            for module in self.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = share
+
+    def freeze_embeddings(self) -> None:
+        """Leave the word embeddings (and the output embedding, where tied) as they are."""
+        self.model.get_input_embeddings().weight.requires_grad_(False)
 
     def logits_at(
         self,
@@ -218,7 +231,7 @@ class WordScorer:
         return scores
 
     def calibrate(self, scores: Floats) -> None:
-        """Set the bias from word scores ``[rows, words]`` on unlabelled text: the log of each word's mean probability."""
+        """Set the bias from word scores ``[rows, words]`` on unlabelled text: the log of each word's mean."""
         mean = torch.from_numpy(scores).softmax(-1).mean(0)
         self.bias = mean.clamp_min(1e-8).log().to(self.model.device)
 

@@ -55,7 +55,7 @@ def blend(log_probabilities: Sequence[Floats], weights: Doubles) -> Floats:
     total = np.zeros(log_probabilities[0].shape, dtype=np.float64)
     for part, weight in zip(log_probabilities, weights, strict=True):
         total += weight * np.exp(part.astype(np.float64))
-    return (total / total.sum(axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(total / total.sum(axis=1, keepdims=True), dtype=np.float32)
 
 
 def majority(log_probabilities: Sequence[Floats]) -> npt.NDArray[np.int64]:
@@ -82,7 +82,7 @@ def disagreement(log_probabilities: Sequence[Floats], weights: Doubles) -> Float
     for part, weight in zip(log_probabilities, weights, strict=True):
         mean_entropy += weight * _entropy(np.exp(part.astype(np.float64)))
     divergence = _entropy(blend(log_probabilities, weights).astype(np.float64)) - mean_entropy
-    return np.clip(divergence / bound, 0, 1).astype(np.float32)
+    return np.asarray(np.clip(divergence / bound, 0, 1), dtype=np.float32)
 
 
 def _entropy(probabilities: Doubles) -> Doubles:

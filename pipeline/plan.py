@@ -37,7 +37,12 @@ STAGE_VERSIONS = {
 ON_DEVICE = frozenset({"fit", "annotate", "distill", "label"})
 # Floating-point operations a second that the stages reach, measured with the embedded model on two cores (bf16
 # in hardware and fp32); for a GPU a cautious guess that the estimate names as such.
-_RATES = {("cpu", "bfloat16"): 4.0e11, ("cpu", "float32"): 1.4e11, ("cuda", "bfloat16"): 6e13, ("cuda", "float32"): 1e13}
+_RATES: dict[tuple[str, str], float] = {
+    ("cpu", "bfloat16"): 4.0e11,
+    ("cpu", "float32"): 1.4e11,
+    ("cuda", "bfloat16"): 6e13,
+    ("cuda", "float32"): 1e13,
+}
 _CHARACTERS_PER_TOKEN = 4.4
 
 
@@ -122,7 +127,7 @@ class Plan:
     def seconds(self, call: Call) -> float:
         """A rough estimate of a call's duration."""
         rate = _RATES.get((self.profile["device"], self.profile["dtype"]), 1e11)
-        return 0.3 + (1.0 if call.on_device else 0.0) + call.flops / rate
+        return (1.3 if call.on_device else 0.3) + call.flops / float(rate)
 
 
 def build_plan(task: Task, base: BaseModel, previous: Mapping[str, Any] | None = None) -> Plan:
@@ -176,7 +181,12 @@ class _Planner:
                 sets[name] = self.ingest(task.path(given), labelled=True, name=Path(given).name)
         numbered = {f"shard:{i:06d}": shard for i, shard in enumerate(shards)}
         prepare = self.add(
-            Call("prepare", {"ids": inputs.id is not None}, {**numbered, **sets}, {"names": [f.name for f in files]})
+            Call(
+                "prepare",
+                {"ids": inputs.id is not None},
+                {**numbered, **sets},
+                {"names": [f.name for f in files]},
+            )
         )
         sample = self.sample(shards, rows, files, sets)
         cap = task.sample.rows_per_label * len(self.labels)
@@ -245,16 +255,19 @@ class _Planner:
         }
         budget = task.release.review_budget
         route = self.add(
-            Call("route", {"budget": budget}, {**numbered, **labelled_shards, "prepare": prepare}, label="review queue")
+            Call(
+                "route",
+                {"budget": budget},
+                {**numbered, **labelled_shards, "prepare": prepare},
+                label="review queue",
+            )
         )
         queued = annotate(route, "queue", 2 * budget)
         evaluated: dict[str, Call] = {**fits, "blend": blend}
         if "test" in sets:
             count = open_parquet(task.path(inputs.test or "")).metadata.num_rows
             evaluated |= annotate(sets["test"], "test", count) | {"student": label(sets["test"], count)}
-        evaluate = self.add(
-            Call("evaluate", {"labels": self.labels, "members": list(members)}, {**evaluated, **sets})
-        )
+        evaluate = self.add(Call("evaluate", {"labels": self.labels, "members": list(members)}, {**evaluated, **sets}))
         release = Call(
             "release",
             {

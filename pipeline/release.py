@@ -27,8 +27,10 @@ from pipeline.errors import InputError
 from pipeline.prepare import renames_of
 from pipeline.report import dataset_card, html_report
 from pipeline.routing import ROUTES, priorities, reasons
+from pipeline.settings import Settings
 from pipeline.store import Artifact, locked, sha256_of, sync_tree, write_atomically
 from pipeline.tables import CARRY, TEXT, Floats, Rows, from_lists, to_lists
+from pipeline.task import Task
 
 SCHEMA_VERSION = 1
 ROWS_PER_FILE = 500_000
@@ -62,7 +64,12 @@ def release_features(labels: list[str], text: list[str], carried: pa.Schema) -> 
     features |= {name: Value("string") for name in text}
     features |= Features.from_arrow_schema(carried)
     label = ClassLabel(names=labels)
-    vote = {"annotator": Value("string"), "label": label, "confidence": Value("float32"), "weight": Value("float32")}
+    vote = {
+        "annotator": Value("string"),
+        "label": label,
+        "confidence": Value("float32"),
+        "weight": Value("float32"),
+    }
     features |= {
         "label": label,
         "label_name": Value("string"),
@@ -336,6 +343,13 @@ class Published:
 
     path: Path
     new: bool
+
+
+def release_path(task: Task, out: str | None) -> Path:
+    """Where a task's versions are published: the command's word, then the task's, then the default."""
+    if out is not None:
+        return Path(out).absolute()
+    return task.path(task.release.path).absolute() if task.release.path else Settings().release_path(task.name)
 
 
 def latest_manifest(release: Path) -> dict[str, Any] | None:

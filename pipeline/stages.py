@@ -139,7 +139,9 @@ def sample(job: Job) -> dict[str, Any]:
     shards = [Rows(artifact.path) for artifact in job.all("shard")]
     # A content hash is uniform already, so its lowest values are a random draw that depends on nothing else.
     hashes = [
-        np.array(batch.column(0).to_pylist(), dtype="S16") for rows in shards for batch in rows.batches(["content_hash"])
+        np.array(batch.column(0).to_pylist(), dtype="S16")
+        for rows in shards
+        for batch in rows.batches(["content_hash"])
     ]
     distinct = np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, dtype="S16")
     distinct = distinct[~np.isin(distinct, np.array(sorted(taken), dtype="S16"))] if taken else distinct
@@ -160,7 +162,11 @@ def sample(job: Job) -> dict[str, Any]:
         raise InputError("there is no unlabelled row left once labelled and test rows are set aside", where="inputs")
     table = pa.Table.from_batches(picked).sort_by("content_hash")
     tables.write_table(job.out / "rows.parquet", table)
-    return {"rows": table.num_rows, "pool_rows": int(sum(rows.count for rows in shards)), "distinct": len(distinct)}
+    return {
+        "rows": table.num_rows,
+        "pool_rows": int(sum(rows.count for rows in shards)),
+        "distinct": len(distinct),
+    }
 
 
 def fit(job: Job) -> dict[str, Any]:
@@ -252,7 +258,14 @@ def distill(job: Job) -> dict[str, Any]:
     soft = from_lists(pq.read_table(job.inputs["blend"].path / "soft.parquet", columns=["probs"]).column(0))
     transfer = texts_of(Rows(job.inputs["sample"].path).read())
     student = train_student(
-        job.spec, soft, transfer, job.labelled(), job.base(), job.spec["profile"], seed_of("distill"), job.progress
+        job.spec,
+        soft,
+        transfer,
+        job.labelled(),
+        job.base(),
+        job.spec["profile"],
+        seed_of("distill"),
+        job.progress,
     )
     (job.out / "model").mkdir()
     student.save(job.out / "model")
@@ -261,17 +274,17 @@ def distill(job: Job) -> dict[str, Any]:
 
 def label(job: Job) -> dict[str, Any]:
     """Score all rows of a shard with the student, batch by batch."""
-    from pipeline.student import Student
+    from pipeline.student import Student, shifted
 
     student = Student.load(job.inputs["distill"].path / "model", job.spec["profile"])
     rows = Rows(job.inputs["rows"].path)
     names = [name for name in rows.schema.names if name.startswith(tables.TEXT)]
     schema = pa.schema([("log_probabilities", tables.probability_type(len(student.labels)))])
-    done, total = 0, rows.count
+    total = rows.count
     with tables.parquet_writer(job.out / "scores.parquet", schema) as writer:
+        done = 0
         for batch in rows.batches(names):
-            start = done
-            scores = student.log_probabilities(texts_of(batch), lambda n, _, start=start: job.progress(start + n, total))  # type: ignore[misc]
+            scores = student.log_probabilities(texts_of(batch), shifted(job.progress, done, total))
             writer.write_batch(pa.record_batch([to_lists(scores)], schema=schema))
             done += batch.num_rows
     return {"rows": total}
@@ -302,7 +315,9 @@ def route(job: Job) -> dict[str, Any]:
             picked.append(_take(Rows(artifact.path), np.sort(mine - offsets[number]), number, margins[number]))
     if not picked:
         picked = [_take(Rows(shards[0].path), np.zeros(0, dtype=np.int64), 0, margins[0])]
-    table = pa.concat_tables(picked).sort_by([("margin", "ascending"), ("content_hash", "ascending"), ("shard", "ascending"), ("row", "ascending")])
+    table = pa.concat_tables(picked).sort_by(
+        [("margin", "ascending"), ("content_hash", "ascending"), ("shard", "ascending"), ("row", "ascending")]
+    )
     seen: set[str] = set()
     first = [i for i, h in enumerate(table.column("content_hash").to_pylist()) if not (h in seen or seen.add(h))]  # type: ignore[func-returns-value]
     table = table.take(pa.array(first[:want], pa.int64()))

@@ -130,7 +130,9 @@ class Store:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"can't write the store: {error}", where=str(root), fix="set CLOZELINE_STORE to another directory"
+                f"can't write the store: {error}",
+                where=str(root),
+                fix="set CLOZELINE_STORE to another directory",
             ) from error
 
     def path_of(self, stage: str, key: str) -> Path:

@@ -25,7 +25,8 @@ from pipeline.errors import InputError
 from pipeline.store import canonical_json
 from pipeline.tables import Floats
 from pipeline.template import Encoder, Template
-from pipeline.training import epochs, seed_of, train as run_training
+from pipeline.training import epochs, seed_of
+from pipeline.training import train as run_training
 
 SETTINGS = "clozeline.json"
 # The new head starts at random and has few steps: it learns faster than what is pretrained. Measured on rows
@@ -93,7 +94,8 @@ class Student:
         """Logits ``[rows, labels]`` of a small batch, with a graph when gradients are on."""
         ids, attention = pad(rows, self.tokenizer.pad_token_id, self.device)
         with self.autocast():
-            return self.model(input_ids=ids, attention_mask=attention).logits.float()
+            logits: torch.Tensor = self.model(input_ids=ids, attention_mask=attention).logits.float()
+        return logits
 
     def log_probabilities(self, texts: Texts, progress: Progress | None = None) -> Floats:
         """Log-probabilities of the labels, float32 ``[rows, labels]``; equal texts are scored once."""
@@ -111,6 +113,11 @@ class Student:
             if progress:
                 progress(done, len(distinct))
         return result[position]
+
+
+def shifted(progress: Progress, start: int, total: int) -> Progress:
+    """Progress of a batch as progress of the whole."""
+    return lambda done, _: progress(start + done, total)
 
 
 def distill(
@@ -142,7 +149,12 @@ def distill(
         logits = torch.from_numpy(np.log(np.maximum(soft, 1e-8)))
         target = (logits / temperature).softmax(-1)
         parts.append(
-            (student.encode(transfer), target, temperature, epochs(len(soft), batch_size, seed_of(seed, "soft")))
+            (
+                student.encode(transfer),
+                target,
+                temperature,
+                epochs(len(soft), batch_size, seed_of(seed, "soft")),
+            )
         )
     if len(labelled):
         # Beside soft labels the labelled rows get a batch a quarter as large: seen often enough, they stay.
@@ -150,20 +162,22 @@ def distill(
         hard = F.one_hot(torch.from_numpy(labelled.labels), len(spec["labels"])).float()
         parts.append((student.encode(labelled.texts), hard, 1.0, epochs(len(labelled), rows, seed_of(seed, "hard"))))
 
-    def losses_of_step(step: int) -> Iterator[torch.Tensor]:
+    def loss_of_step(step: int) -> torch.Tensor:
         chosen = [(rows, target, t, next(order)) for rows, target, t, order in parts]
         total = sum(len(numbers) for *_, numbers in chosen)
-        for rows, target, t, numbers in chosen:
-            for part in split_by_length([len(rows[i]) for i in numbers]):
-                some = numbers[part]
-                scores = student.logits([rows[i] for i in some])
-                wanted = target[some].to(student.device)
-                loss = F.kl_div((scores / t).log_softmax(-1), wanted, reduction="sum") * t * t
-                yield loss / total
+        loss = torch.zeros((), device=student.device)
+        with student.autocast():
+            for rows, target, t, numbers in chosen:
+                for part in split_by_length([len(rows[i]) for i in numbers]):
+                    some = numbers[part]
+                    scores = student.logits([rows[i] for i in some])
+                    wanted = target[some].to(student.device)
+                    loss = loss + F.kl_div((scores / t).log_softmax(-1), wanted, reduction="sum") * t * t / total
+        return loss
 
     run_training(
         student.model,
-        losses_of_step,
+        loss_of_step,
         steps=spec["steps"],
         learning_rate=spec["learning_rate"],
         seed=seed,

@@ -338,9 +338,7 @@ class Rows:
 def texts_of(table: pa.Table | pa.RecordBatch) -> dict[str, list[str]]:
     """The text columns of rows, by the names that patterns use."""
     return {
-        name.removeprefix(TEXT): table.column(name).to_pylist()
-        for name in table.schema.names
-        if name.startswith(TEXT)
+        name.removeprefix(TEXT): table.column(name).to_pylist() for name in table.schema.names if name.startswith(TEXT)
     }
 
 

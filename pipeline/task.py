@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.errors import InputError
 from pipeline.template import Template
@@ -90,6 +98,8 @@ class Training(Section):
     mlm_batch_size: int | None = Field(None, ge=1, le=1024)
     max_length: int | None = Field(None, ge=8, le=8192)
     folds: int | None = Field(None, ge=0, le=20, description="cross-validation folds; each costs one more fit")
+    dropout: float | None = Field(None, ge=0, lt=1, description="None: what the base model came with")
+    freeze_embeddings: bool | None = Field(None, description="leave the word embeddings as they are")
     truncation: Literal["head", "tail"] = "head"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -141,6 +151,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "mlm_batch_size": 12,
             "max_length": 256,
             "folds": 4,
+            "freeze_embeddings": False,
         },
         "student": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-5},
     },
@@ -154,6 +165,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "mlm_batch_size": 16,
             "max_length": 128,
             "folds": 3,
+            "dropout": 0.0,
+            "freeze_embeddings": True,
         },
         "student": {"steps": 200, "batch_size": 32, "learning_rate": 1e-4},
     },
@@ -298,7 +311,12 @@ class Task(Section):
 
     @classmethod
     def from_dict(
-        cls, raw: Mapping[str, Any], *, root: Path = Path("."), where: str = "task", node: yaml.Node | None = None
+        cls,
+        raw: Mapping[str, Any],
+        *,
+        root: Path = Path("."),
+        where: str = "task",
+        node: yaml.Node | None = None,
     ) -> Task:
         """Validate a task given as a mapping; `root` is what its paths are relative to.
 

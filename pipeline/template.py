@@ -125,9 +125,7 @@ class Template:
             InputError: there is no ``{mask}``.
         """
         if not self.has_mask:
-            raise InputError(
-                f"the pattern {self.source!r} has no {{mask}}", fix="put {mask} where the label word goes"
-            )
+            raise InputError(f"the pattern {self.source!r} has no {{mask}}", fix="put {mask} where the label word goes")
         return self
 
     def render(self, row: Mapping[str, str], mask: str = "____") -> str:

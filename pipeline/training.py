@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ def epochs(rows: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
 
 def train(
     model: nn.Module,
-    losses_of_step: Callable[[int], Iterable[torch.Tensor]],
+    loss_of_step: Callable[[int], torch.Tensor],
     *,
     steps: int,
     learning_rate: float,
@@ -55,8 +55,7 @@ def train(
 
     Args:
         model: its parameters with ``requires_grad`` are trained.
-        losses_of_step: gives the parts of a step's loss, scalars with graphs whose gradients are added up; each
-            part's graph is freed before the next is built.
+        loss_of_step: gives the loss of a step, a scalar with a graph.
         steps: optimizer steps; the learning rate falls linearly to zero over them.
         learning_rate: of the pretrained weights.
         seed: for dropout.
@@ -91,13 +90,12 @@ def train(
     model.train()
     losses = []
     for step in range(steps):
-        optimizer.zero_grad(set_to_none=True)
-        value = 0.0
-        for loss in losses_of_step(step):
-            loss.backward()
-            value += loss.item()
+        loss = loss_of_step(step)
+        value = loss.item()
         if not math.isfinite(value):
             raise Diverged(f"the loss became {value} at step {step + 1} of {steps}; lower the learning rate")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, _CLIP)
         optimizer.step()
         schedule.step()

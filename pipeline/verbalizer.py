@@ -61,7 +61,9 @@ class Verbalizer:
                     raise InputError(f"the label word {text!r} is empty", where=place, fix="give it a word")
                 if tokenizer.unk_token_id in ids:
                     raise InputError(
-                        f"the tokenizer does not know the label word {text!r}", where=place, fix="choose another word"
+                        f"the tokenizer does not know the label word {text!r}",
+                        where=place,
+                        fix="choose another word",
                     )
                 if ids in owner:
                     other, other_text = owner[ids]
@@ -83,5 +85,7 @@ def _ids_of(word: str, tokenizer: Any) -> tuple[int, ...]:
     if not word.strip():
         return ()
     backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a tokenizer.json may come with padding to a fixed length
+    backend.no_padding()
     backend.encode_special_tokens = True
     return tuple(backend.encode(" " + word.strip(), add_special_tokens=False).ids)

@@ -170,7 +170,12 @@ def _serve() -> None:
             transformers.logging.disable_progress_bar()
             transformers.logging.set_verbosity_error()
             artifact, built = run_stage(request, progress)
-            result = {"path": str(artifact.path), "meta": artifact.meta, "seconds": artifact.seconds, "built": built}
+            result = {
+                "path": str(artifact.path),
+                "meta": artifact.meta,
+                "seconds": artifact.seconds,
+                "built": built,
+            }
             say(event="done", result=result)
         except InputError as error:
             say(event="input-error", problem=error.problem, where=error.where, fix=error.fix)

@@ -7,7 +7,7 @@ MLM never picks padding, special tokens, the slot or the pattern's own tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from pipeline.cloze import ClozeModel, WordScorer, load_tokenizer, stack_words
 from pipeline.store import canonical_json
 from pipeline.tables import Floats
 from pipeline.template import Encoded, Encoder, Template
-from pipeline.training import epochs, seed_of, train as run_training
+from pipeline.training import epochs, seed_of
+from pipeline.training import train as run_training
 from pipeline.verbalizer import Verbalizer
 
 PRIOR_ROWS = 256  # calibration: measured flat from 128 rows on
@@ -94,6 +95,9 @@ def train(
     """
     annotator = PetAnnotator(spec, base, profile)
     annotator.calibrate(transfer)
+    annotator.model.set_dropout(spec["dropout"])
+    if spec["freeze_embeddings"]:
+        annotator.model.freeze_embeddings()
     if len(labelled) == 0 or spec["steps"] == 0:
         return annotator
     model, scorer, pad_id = annotator.model, annotator.scorer, annotator.tokenizer.pad_token_id
@@ -105,26 +109,30 @@ def train(
 
     lengths = [len(row) for row in next(iter(encoded.values())).input_ids]
 
-    def losses_of_step(step: int) -> Iterator[torch.Tensor]:
+    def loss_of_step(step: int) -> torch.Tensor:
         rows = next(rows_of_step)
-        for part in split_by_length([lengths[i] for i in rows]):
-            some = rows[part]
-            with model.autocast():
+        loss = torch.zeros((), device=model.device)
+        with model.autocast():  # one context a step: the weights are cast to bf16 once for all its passes
+            for part in split_by_length([lengths[i] for i in rows]):
+                some = rows[part]
                 scores = []
                 for inputs in encoded.values():
                     ids, attention = pad([inputs.input_ids[i] for i in some], pad_id, model.device)
                     at = torch.from_numpy(inputs.mask_at[some].astype(np.int64)).to(model.device)
                     scores.append(scorer.word_scores(ids, attention, at))
                 logits = scorer.label_logits(stack_words(scores, len(annotator.verbalizer.words)))
-                loss = F.cross_entropy(logits.float(), targets[some])
-            yield (1 - alpha) * loss * len(some) / len(rows)
-        if masking is not None:
-            with model.autocast():
-                mlm = masking.loss()
-            yield alpha * mlm
+                loss = loss + F.cross_entropy(logits.float(), targets[some], reduction="sum") / len(rows)
+            if masking is not None:
+                loss = (1 - alpha) * loss + alpha * masking.loss()
+        return loss
 
     run_training(
-        model, losses_of_step, steps=spec["steps"], learning_rate=spec["learning_rate"], seed=seed, progress=progress
+        model,
+        loss_of_step,
+        steps=spec["steps"],
+        learning_rate=spec["learning_rate"],
+        seed=seed,
+        progress=progress,
     )
     return annotator
 

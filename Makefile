@@ -1,0 +1,37 @@
+# Run `make help`. Everything happens in .venv, which `make install` creates.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(VENV)/installed  ## Create .venv and install the project with its development tools
+
+demo: install  ## Label the sample data with the embedded model
+	$(BIN)/clozeline run data/tickets/task.yaml
+
+test: install  ## Lint, type-check and run the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+lint: install  ## Lint and type-check
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install  ## Format the code
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment, the store and the releases made here
+	rm -rf $(VENV) .clozeline releases

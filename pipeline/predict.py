@@ -1,0 +1,105 @@
+"""Labelling a Parquet file with a student, outside any run."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import tables
+from pipeline.device import numeric_profile
+from pipeline.errors import InputError
+from pipeline.student import SETTINGS, Student, shifted
+from pipeline.tables import ColumnRoles
+
+ADDED = ("predicted", "predicted_name", "predicted_confidence", "predicted_probs")
+
+
+def find_student(path: Path) -> Path:
+    """The student's directory, given a release path, one of its versions, or the student itself.
+
+    Raises:
+        InputError: there is none.
+    """
+    candidates = [path, path / "model"]
+    try:
+        latest = (path / "LATEST").read_text(encoding="utf-8").strip()
+        candidates.append(path / "versions" / latest / "model")
+    except OSError:
+        pass
+    for candidate in candidates:
+        if (candidate / SETTINGS).is_file():
+            return candidate
+    raise InputError(
+        "this is neither a release nor a student",
+        where=str(path),
+        fix="give a release's directory, or its model/",
+    )
+
+
+def predict_file(
+    student: Path, source: Path, target: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> int:
+    """Write a copy of a Parquet file with the student's label, confidence and distribution for each row.
+
+    Args:
+        student: see `find_student`.
+        source: a Parquet file with the student's text columns.
+        target: where to write; replaced whole at the end.
+        progress: called with rows done and rows in all.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        InputError: the file can't be read, lacks a text column, or has a column that would be added.
+    """
+    from datasets import ClassLabel, Features, List, Value
+
+    loaded = Student.load(find_student(student), numeric_profile())
+    file = tables.open_parquet(source)
+    columns = loaded.template.columns
+    tables.check_columns(file, ColumnRoles(columns), str(source))
+    for name in ADDED:
+        if name in file.schema_arrow.names:
+            raise InputError(f"the file has a column {name!r} already", where=str(source), fix="rename it")
+    added = Features(
+        {
+            "predicted": ClassLabel(names=loaded.labels),
+            "predicted_name": Value("string"),
+            "predicted_confidence": Value("float32"),
+            "predicted_probs": List(Value("float32"), length=len(loaded.labels)),
+        }
+    ).arrow_schema
+    schema = pa.schema(
+        [*file.schema_arrow, *added], metadata=added.metadata if not file.schema_arrow.metadata else None
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    done, total = 0, file.metadata.num_rows
+    try:
+        with tables.parquet_writer(temporary, schema) as writer:
+            for batch in file.iter_batches(tables.BATCH_ROWS):
+                texts = {
+                    name: ["" if text is None else text for text in tables.as_strings(batch.column(name)).to_pylist()]
+                    for name in columns
+                }
+                probabilities = np.exp(loaded.log_probabilities(texts, shifted(progress, done, total)))
+                chosen = probabilities.argmax(axis=1)
+                arrays = [
+                    *batch.columns,
+                    pa.array(chosen, pa.int64()),
+                    pa.array([loaded.labels[i] for i in chosen], pa.string()),
+                    pa.array(probabilities.max(axis=1), pa.float32()),
+                    tables.to_lists(probabilities),
+                ]
+                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+                done += batch.num_rows
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return done
