@@ -30,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+_STOPPED = 130  # what typer makes of Ctrl-C
 out, err = Console(), Console(stderr=True)
 
 TaskFile = Annotated[str, typer.Argument(help="The task file (YAML).", metavar="TASK")]
@@ -332,11 +333,13 @@ def main() -> None:
     except InputError as error:
         err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("stopped; the same command goes on from here", highlight=False, soft_wrap=True)
+    except SystemExit as end:
+        if end.code != _STOPPED:
+            raise
+        err.print("stopped; the same command goes on from here", highlight=False)
         # Prefect's threads may still wait for answers about a run that is over.
         sys.stderr.flush()
-        os._exit(130)
+        os._exit(_STOPPED)
     except ClozelineError as error:
         err.print(f"[red]failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -78,13 +78,10 @@ def stage_task(title: str, request: dict[str, Any], run: str) -> dict[str, Any]:
             report(done, total)
 
         result = process.run(request, progress)
-    watcher.ended(title, result["seconds"], built=result["built"])
-    return {
-        "stage": request["stage"],
-        "key": request["key"],
-        "seconds": result["seconds"],
-        "built": result["built"],
-    }
+    if result["built"]:
+        _executed[run].append(title)
+    watcher.built(title, result["seconds"])
+    return {"stage": request["stage"], "key": request["key"], "seconds": result["seconds"]}
 
 
 class _ProgressArtifact:

@@ -10,6 +10,7 @@ the output embedding is swapped for one that can multiply a few of its rows. So 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -76,7 +77,10 @@ class ClozeModel(nn.Module):
         self.decoder = _RowsOfDecoder(self.model.get_output_embeddings())
         self.model.set_output_embeddings(self.decoder)
         self._at: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.model.base_model.register_forward_hook(self._gather)
+        # Through a weak reference: a hook that holds its owner would keep every model alive until the garbage
+        # collector's next full round, and cross-validation makes many.
+        gather = weakref.WeakMethod(self._gather)
+        self.model.base_model.register_forward_hook(lambda *call: gather()(*call))  # type: ignore[misc]
         self.to(self.device).eval()
 
     def _gather(self, module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -87,17 +91,6 @@ class ClozeModel(nn.Module):
     def autocast(self) -> AbstractContextManager[Any]:
         """The numbers that the profile asks for; master weights stay fp32."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-    def set_dropout(self, share: float | None) -> None:
-        """Train with this dropout everywhere; None leaves what the model came with."""
-        if share is not None:
-            for module in self.model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = share
-
-    def freeze_embeddings(self) -> None:
-        """Leave the word embeddings (and the output embedding, where tied) as they are."""
-        self.model.get_input_embeddings().weight.requires_grad_(False)
 
     def logits_at(
         self,

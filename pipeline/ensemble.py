@@ -100,7 +100,7 @@ def match_prior(probabilities: Floats, target: Doubles) -> Floats:
         target: float64 ``[labels]``, summing to one, all positive.
     """
     scale = np.ones_like(target)
-    values = probabilities.astype(np.float64)
+    values = np.maximum(probabilities.astype(np.float64), 1e-12)  # nought times any scale stays nought
     for _ in range(100):
         moved = values * scale
         moved /= moved.sum(axis=1, keepdims=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import precision_recall_fscore_support
 
 Ints = npt.NDArray[np.int64]
 
@@ -34,10 +33,13 @@ def classification_metrics(predicted: Ints, truth: Ints, labels: Sequence[str]) 
     """
     correct = int((predicted == truth).sum())
     low, high = wilson_interval(correct, len(truth))
-    numbers = list(range(len(labels)))
-    precision, recall, f1, support = precision_recall_fscore_support(
-        truth, predicted, labels=numbers, average=None, zero_division=0
+    numbers = range(len(labels))
+    given, support, hits = (
+        np.bincount(part, minlength=len(labels)) for part in (predicted, truth, truth[predicted == truth])
     )
+    # A label that is never given, or never true, has nought for what can't be told of it.
+    precision, recall = hits / np.maximum(given, 1), hits / np.maximum(support, 1)
+    f1 = 2 * hits / np.maximum(given + support, 1)
     present = [i for i in numbers if support[i] > 0]
     return {
         "rows": len(truth),

@@ -367,7 +367,7 @@ def _mean_characters(file: Path, columns: list[str]) -> float:
     if batch is None or batch.num_rows == 0:
         return 0.0
     lengths = (len(str(value)) for column in batch.columns for value in column.to_pylist() if value is not None)
-    return sum(lengths) / batch.num_rows
+    return sum(lengths) / int(batch.num_rows)
 
 
 def human_seconds(seconds: float) -> str:

@@ -70,7 +70,7 @@ class Job:
         if "labelled" not in self.inputs:
             return Labelled({}, np.zeros(0, dtype=np.int64))
         rows = Rows(self.inputs["labelled"].path).read()
-        return Labelled(texts_of(rows), rows.column("label").to_numpy())
+        return Labelled(texts_of(rows), np.array(rows.column("label").to_pylist(), dtype=np.int64))
 
 
 def ingest(job: Job) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pipeline.errors import InputError
 from pipeline.store import canonical_json
 from pipeline.tables import Floats
 from pipeline.template import Encoder, Template
-from pipeline.training import epochs, seed_of
+from pipeline.training import epochs, prepare_for_few_steps, seed_of
 from pipeline.training import train as run_training
 
 SETTINGS = "clozeline.json"
@@ -133,7 +133,8 @@ def distill(
     """Train a student.
 
     Args:
-        spec: labels, template, max_length, truncation, steps, batch_size, learning_rate, temperature.
+        spec: labels, template, max_length, truncation, steps, batch_size, learning_rate, temperature, dropout,
+            freeze_embeddings.
         soft: soft labels at T = 1 for the transfer set, float32 ``[rows, labels]``; None trains on the labelled
             rows alone, which is plain fine-tuning.
         transfer: the transfer set's text columns.
@@ -143,6 +144,7 @@ def distill(
     settings = {key: spec[key] for key in ("labels", "template", "truncation")}
     settings["max_length"] = min(spec["max_length"], base.positions)
     student = Student(base.path, settings, profile, seed=seed_of(seed, "head"))
+    prepare_for_few_steps(student.model, dropout=spec["dropout"], freeze_embeddings=spec["freeze_embeddings"])
     temperature, batch_size = spec["temperature"], spec["batch_size"]
     parts: list[tuple[list[Any], torch.Tensor, float, Iterator[Any]]] = []
     if soft is not None:

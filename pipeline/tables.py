@@ -95,7 +95,7 @@ def check_columns(file: pq.ParquetFile, roles: ColumnRoles, where: str) -> None:
             )
     for name in roles.text:
         kind = _plain_type(schema.field(name).type)
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise InputError(
                 f"the column {name!r} holds {schema.field(name).type}, not text",
                 where=where,
@@ -104,11 +104,13 @@ def check_columns(file: pq.ParquetFile, roles: ColumnRoles, where: str) -> None:
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.string() if pa.types.is_string_view(kind) else kind  # Arrow can't filter views
 
 
 def _decoded(column: pa.Array) -> pa.Array:
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    return column.cast(_plain_type(column.type))
 
 
 def as_strings(column: pa.Array) -> pa.Array:
@@ -203,7 +205,8 @@ def ingest(
             keep = pc.invert(blank)
             numbers = np.flatnonzero(np.asarray(keep)) + row_number
             row_number += batch.num_rows
-            batch = batch.filter(keep)
+            plain = [_decoded(column) for column in batch.columns]
+            batch = pa.RecordBatch.from_arrays(plain, names=batch.schema.names).filter(keep)
             shown = [pc.fill_null(texts[column].filter(keep), "") for column in roles.text]
             columns = list(zip(*(column.to_pylist() for column in shown), strict=True))
             hashes = [content_hash(row) for row in columns]
@@ -212,7 +215,7 @@ def ingest(
             else:
                 ids = seen.check(as_strings(batch.column(roles.id)).to_pylist(), numbers, f"{where}, column {roles.id}")
             arrays = [pa.array(ids, pa.string()), pa.array(hashes, pa.string()), *shown]
-            arrays += [_decoded(batch.column(column)) for column in roles.carry]
+            arrays += [batch.column(column) for column in roles.carry]
             if roles.label is not None:
                 assert label_names is not None
                 given = _label_texts(batch.column(roles.label), class_names)

@@ -129,6 +129,8 @@ class Student(Section):
     batch_size: int | None = Field(None, ge=1, le=1024)
     learning_rate: float | None = Field(None, gt=0, le=0.1)
     temperature: float = Field(2.0, gt=0, le=100)
+    dropout: float | None = Field(None, ge=0, lt=1)
+    freeze_embeddings: bool | None = None
     template: str | None = Field(None, description="what it reads; by default the text columns, joined")
 
 
@@ -153,7 +155,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "folds": 4,
             "freeze_embeddings": False,
         },
-        "student": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-5},
+        "student": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-5, "freeze_embeddings": False},
     },
     # Chosen by measuring on rows cut from train (docs/benchmarks.md, "Choosing the quick preset").
     "quick": {
@@ -168,7 +170,13 @@ PRESETS: dict[str, dict[str, Any]] = {
             "dropout": 0.0,
             "freeze_embeddings": True,
         },
-        "student": {"steps": 200, "batch_size": 32, "learning_rate": 1e-4},
+        "student": {
+            "steps": 200,
+            "batch_size": 32,
+            "learning_rate": 1e-4,
+            "dropout": 0.0,
+            "freeze_embeddings": True,
+        },
     },
 }
 
@@ -323,6 +331,8 @@ class Task(Section):
         Raises:
             InputError: it does not describe a task.
         """
+        if "root" in raw:  # the library's own field, not a key of the file
+            raise InputError(f"{where}: unknown key 'root'", fix="paths are relative to the task file")
         try:
             return cls.model_validate({**raw, "root": root})
         except ValidationError as error:
@@ -336,12 +346,24 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     steps = key.strip().split(".")
     if not equals or not all(steps):
         raise InputError(f"{override!r} is not dotted.key=value", where="--set", fix="for example training.steps=100")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = value  # a pattern such as "{text} It was {mask}." is no YAML, and meant as it stands
     at: Any = raw
-    for step in steps[:-1]:
-        at = at[int(step)] if isinstance(at, list) and step.isdigit() else at.setdefault(step, {})
-        if not isinstance(at, dict | list):
+    for depth, step in enumerate(steps):
+        place: Any = int(step) if isinstance(at, list) and step.isdigit() else step
+        if isinstance(at, list) and not (isinstance(place, int) and place < len(at)):
+            raise InputError(f"{key!r}: the list has no entry {step!r}; entries count from 0", where="--set")
+        if depth == len(steps) - 1:
+            at[place] = parsed
+            return
+        inner = at[place] if isinstance(at, list) else at.setdefault(place, {})
+        if isinstance(inner, str) and steps[0] == "annotators":
+            inner = at[place] = _pattern_alone(inner)
+        if not isinstance(inner, dict | list):
             raise InputError(f"{step!r} in {key!r} holds a value, not a section", where="--set")
-    at[int(steps[-1]) if isinstance(at, list) else steps[-1]] = yaml.safe_load(value)
+        at = inner
 
 
 def _known_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import random
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
+os.environ["OMP_NUM_THREADS"] = "1"  # a tiny model is slower on two threads, and far slower on busy cores
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -91,6 +92,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def single_thread() -> Iterator[None]:
+    """One thread for torch: a model this small is computed faster than threads are woken."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from pipeline.cloze import ClozeModel, WordScorer, load_tokenizer, stack_words
 from pipeline.store import canonical_json
 from pipeline.tables import Floats
 from pipeline.template import Encoded, Encoder, Template
-from pipeline.training import epochs, seed_of
+from pipeline.training import epochs, prepare_for_few_steps, seed_of
 from pipeline.training import train as run_training
 from pipeline.verbalizer import Verbalizer
 
@@ -95,11 +95,9 @@ def train(
     """
     annotator = PetAnnotator(spec, base, profile)
     annotator.calibrate(transfer)
-    annotator.model.set_dropout(spec["dropout"])
-    if spec["freeze_embeddings"]:
-        annotator.model.freeze_embeddings()
     if len(labelled) == 0 or spec["steps"] == 0:
         return annotator
+    prepare_for_few_steps(annotator.model.model, dropout=spec["dropout"], freeze_embeddings=spec["freeze_embeddings"])
     model, scorer, pad_id = annotator.model, annotator.scorer, annotator.tokenizer.pad_token_id
     encoded = annotator.encode(labelled.texts)
     targets = torch.from_numpy(labelled.labels).to(model.device)

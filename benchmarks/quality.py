@@ -1,0 +1,586 @@
+"""How good the ensemble and its student are with few labels, beside what else one could do with the same rows.
+
+    python benchmarks/quality.py --data DIR --datasets ag_news,sst2 --labels 0,10,40 --seeds 3
+
+DIR holds a folder for each dataset with ``train.parquet``, ``test.parquet`` and perhaps ``unlabeled.parquet``;
+labels, words and patterns come from ``benchmarks/tasks/NAME.yaml`` or from ``--task``. One cell is one dataset,
+one number of labelled rows and one seed; it gives accuracy and macro-F1 on the test rows for
+
+=================  ====================================================================================
+zero-shot          all patterns with calibrated label words, untrained, blended with equal weights
+best-annotator     the one pattern that cross-validation on the labelled rows picks
+ensemble           all trained patterns, blended with the weights that cross-validation gives
+student            the classifier distilled from the ensemble's soft labels for the transfer set
+fine-tune          the base model with a classification head, trained on the labelled rows alone: the
+                   student's learning rate, template and length, and 100 steps of 16 rows
+embedding          logistic regression on the base model's mean-pooled vectors
+tfidf-nb           tf-idf with complement Naive Bayes
+=================  ====================================================================================
+
+The first four follow the stages of the flow (`pipeline.stages`: fit, blend, distill, evaluate) with the same
+functions, settings and seeds, without store and Prefect, so that a cell costs model time alone. All share
+one set of fits. Seeds of training never vary, as in the flow: seed s of the benchmark is draw s of the rows.
+
+Rows: equal texts are taken once, and training texts that are test texts are left out. The labelled rows are
+drawn from train, stratified, at least one a class. The transfer set is the rest of train, or
+``unlabeled.parquet`` where there is one. Transfer set and test set hold at most ``--cap`` rows (2,000), drawn
+with one fixed seed. A method that cannot run has a null accuracy: best-annotator where a class has fewer than
+two rows (there is no honest cross-validation), all that need labels where there are none. With 0 labels
+nothing is drawn, so there is one cell, seed 0.
+
+`seconds` is what the method needs from the rows to the test scores: for best-annotator, ensemble and student
+that includes all fits and their cross-validation.
+
+Each finished cell is appended to ``--out``; a cell that is there, from the same data, settings and
+kind of machine, is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline import tables
+from pipeline.annotators import Labelled, Texts, method
+from pipeline.base_model import BaseModel, resolve_base_model
+from pipeline.cloze import load_tokenizer
+from pipeline.cross_validation import stratified_folds
+from pipeline.device import numeric_profile
+from pipeline.ensemble import blend, match_prior, shrunk_weights
+from pipeline.errors import ClozelineError, InputError
+from pipeline.metrics import classification_metrics
+from pipeline.plan import STAGE_VERSIONS, human_seconds
+from pipeline.store import key_of, sha256_of
+from pipeline.tables import ColumnRoles, Floats, Rows, texts_of
+from pipeline.task import Task
+from pipeline.template import Encoder, Template
+from pipeline.training import seed_of
+
+TASKS = Path(__file__).resolve().parent / "tasks"
+CAP = 2000
+METHODS = ["zero-shot", "best-annotator", "ensemble", "student", "fine-tune", "embedding", "tfidf-nb"]
+FINE_TUNE = {"steps": 100, "batch_size": 16}
+Ints = npt.NDArray[np.int64]
+Record = dict[str, Any]
+
+
+def draw(labels: Ints, rows: int, seed: int) -> Ints:
+    """Draw rows so that the labels' shares stay, with at least one row of each label.
+
+    Args:
+        labels: int64 ``[all rows]``.
+        rows: how many to draw.
+        seed: which draw.
+
+    Returns:
+        int64 ``[rows]``, row numbers in the order drawn.
+
+    Raises:
+        InputError: fewer rows are wanted than there are labels, or more than there are rows.
+    """
+    counts = np.bincount(labels)
+    present = counts > 0
+    if not present.sum() <= rows <= len(labels):
+        raise InputError(
+            f"can't draw {rows} of {len(labels)} rows with at least one of each of {present.sum()} labels",
+            where="--labels",
+        )
+    take = present.astype(np.int64)
+    for _ in range(rows - int(take.sum())):
+        lack = np.where(take < counts, rows * counts / len(labels) - take, -np.inf)
+        take[lack.argmax()] += 1
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rank = np.zeros(len(labels), dtype=np.int64)
+    for label in np.flatnonzero(present):
+        mine = order[labels[order] == label]
+        rank[mine] = np.arange(len(mine))
+    return order[rank[order] < take[labels[order]]]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Distinct rows of a file: text columns, content hashes, and label numbers if the file has labels."""
+
+    texts: dict[str, list[str]]
+    hashes: npt.NDArray[np.str_]
+    labels: Ints
+
+    @classmethod
+    def read(cls, path: Path, roles: ColumnRoles, names: list[str] | None) -> Pool:
+        """Read a file as the flow does; rows without text and texts with two different labels are left out."""
+        with tempfile.TemporaryDirectory() as directory:
+            tables.ingest(path, roles, Path(directory), label_names=names, quarantine=True)
+            table = Rows(Path(directory)).read()
+        hashes = table.column("content_hash").to_pylist()
+        labels = table.column("label").to_pylist() if names else [0] * len(hashes)
+        first: dict[str, int] = {}
+        doubtful: set[str] = set()
+        for i, content in enumerate(hashes):
+            if labels[first.setdefault(content, i)] != labels[i]:
+                doubtful.add(content)
+        at = [i for content, i in first.items() if content not in doubtful]
+        return cls(
+            texts_of(table.take(pa.array(at, pa.int64()))),
+            np.array([hashes[i] for i in at], dtype=np.str_),
+            np.array([labels[i] for i in at], dtype=np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def take(self, rows: Ints) -> Pool:
+        """Some of the rows."""
+        texts = {name: [column[i] for i in rows] for name, column in self.texts.items()}
+        return Pool(texts, self.hashes[rows], self.labels[rows])
+
+    def without(self, other: Pool) -> Pool:
+        """The rows whose texts are not among another's."""
+        return self.take(np.flatnonzero(~np.isin(self.hashes, other.hashes)))
+
+    def shuffled(self, what: str) -> Pool:
+        """All rows in an order that never changes."""
+        return self.take(np.random.default_rng(seed_of("quality", what)).permutation(len(self)))
+
+    def head(self, rows: int) -> Pool:
+        """The first rows."""
+        return self.take(np.arange(min(rows, len(self))))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset with its task: where labelled rows, transfer set and test set are cut from."""
+
+    name: str
+    task: Task
+    base: BaseModel
+    profile: Mapping[str, str]
+    cap: int
+    train: Pool
+    unlabelled: Pool | None
+    test: Pool
+    files: Mapping[str, str]
+
+    @classmethod
+    def load(cls, folder: Path, task: Task, cap: int) -> Dataset:
+        """Read a dataset's folder.
+
+        Raises:
+            InputError: a file is missing or does not fit the task.
+        """
+        inputs = task.inputs
+        roles = ColumnRoles(tuple(inputs.text), label=inputs.label)
+        paths = {name: folder / f"{name}.parquet" for name in ("train", "test", "unlabeled")}
+        pools = {name: Pool.read(paths[name], roles, task.label_names) for name in ("train", "test")}
+        unlabelled = None
+        if paths["unlabeled"].is_file():
+            found = Pool.read(paths["unlabeled"], ColumnRoles(tuple(inputs.text)), None)
+            unlabelled = found.without(pools["test"]).shuffled("transfer")
+        return cls(
+            folder.name,
+            task,
+            resolve_base_model(task.base_model, task.root),
+            numeric_profile(task.resolved("training")["dtype"]),
+            cap,
+            pools["train"].without(pools["test"]),
+            unlabelled,
+            pools["test"].shuffled("test").head(cap),
+            {name: sha256_of(path) for name, path in paths.items() if path.is_file()},
+        )
+
+    def cut(self, labels: int, seed: int) -> tuple[Labelled, Texts]:
+        """The labelled rows of a draw and the transfer set that goes with it."""
+        chosen = self.train.take(draw(self.train.labels, labels, seed) if labels else np.zeros(0, dtype=np.int64))
+        # Shuffled before the labelled rows are taken out: the transfer sets of all draws are nearly the same.
+        rest = (self._train_shuffled if self.unlabelled is None else self.unlabelled).without(chosen)
+        transfer = rest.head(self.cap)
+        # As the flow's stage `sample`: in the order of the hashes, and no more than the task wants.
+        wanted = self.task.sample.rows_per_label * len(self.task.labels)
+        transfer = transfer.take(np.argsort(transfer.hashes)[:wanted])
+        return Labelled(chosen.texts, chosen.labels), transfer.texts
+
+    @cached_property
+    def _train_shuffled(self) -> Pool:
+        return self.train.shuffled("transfer")
+
+    def key(self, labels: int, seed: int) -> str:
+        """The key of a cell: all that its numbers depend on."""
+        task = self.task
+        return key_of(
+            {
+                "files": dict(self.files),
+                "task": task.model_dump(mode="json", include={"labels", "annotators", "ensemble", "sample"}),
+                "text": task.inputs.text,
+                "label": task.inputs.label,
+                "training": task.resolved("training"),
+                "student": {**task.resolved("student"), "template": task.student_template},
+                "fine_tune": FINE_TUNE,
+                "base": self.base.weights,
+                "profile": dict(self.profile),
+                "stages": {name: STAGE_VERSIONS[name] for name in ("fit", "annotate", "blend", "distill", "label")},
+                "cap": self.cap,
+                "labels": labels,
+                "seed": seed,
+            }
+        )
+
+
+class _Clock:
+    """Adds up seconds under names."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
+    """Train and score all methods on one draw.
+
+    Returns:
+        One record a method, in the order of `METHODS`.
+    """
+    task, base, profile = data.task, data.base, data.profile
+    labelled, transfer = data.cut(labels, seed)
+    training, names, test = task.resolved("training"), task.label_names, data.test
+    clock = _Clock()
+    predicted: dict[str, Floats | None] = dict.fromkeys(METHODS)
+    untrained: list[Floats] = []
+    on_test: list[Floats] = []
+    on_transfer: list[Floats] = []
+    accuracies: list[float | None] = []
+
+    # As the stage `fit`: one set of folds for all annotators, seeds from the pattern.
+    folds = stratified_folds(labelled.labels, training["folds"], seed_of("folds")) if training["steps"] else None
+    nothing, pet = Labelled({}, np.zeros(0, dtype=np.int64)), method("pet").train
+    for _, annotator, number in task.members():
+        spec = {
+            **{key: value for key, value in training.items() if key != "dtype"},
+            "pattern": annotator.pattern,
+            "words": [[label, words] for label, words in task.words_of(annotator).items()],
+            "labels": names,
+        }
+        fit_seed = seed_of("fit", annotator.pattern, number)
+        with clock("zero-shot"):
+            fitted = pet(spec, nothing, transfer, base, profile, fit_seed)
+            untrained.append(fitted.log_probabilities(test.texts))
+        accuracies.append(None)
+        if len(labelled):
+            with clock("fits"):
+                if folds is not None:
+                    held_out = np.zeros((len(labelled), len(names)), dtype=np.float32)
+                    for fold in range(int(folds.max()) + 1):
+                        held = np.flatnonzero(folds == fold)
+                        rest = labelled.take(np.flatnonzero(folds != fold))
+                        one = pet(spec, rest, transfer, base, profile, seed_of(fit_seed, "fold", fold))
+                        held_out[held] = one.log_probabilities(labelled.take(held).texts)
+                    accuracies[-1] = round(float((held_out.argmax(axis=1) == labelled.labels).mean()), 6)
+                fitted = pet(spec, labelled, transfer, base, profile, fit_seed)
+                on_test.append(fitted.log_probabilities(test.texts))
+        with clock("transfer"):
+            on_transfer.append(fitted.log_probabilities(transfer))
+    uniform = np.full(len(untrained), 1 / len(untrained))
+    predicted["zero-shot"] = blend(untrained, uniform)
+    if not on_test:  # without labels the untrained annotators are the ensemble
+        on_test, clock.seconds["fits"] = untrained, clock.seconds["zero-shot"]
+
+    # As the stages `blend` and `evaluate`.
+    weighted = task.ensemble.weights == "weighted"
+    weights = shrunk_weights(accuracies, len(labelled)) if weighted else uniform
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    if known:
+        predicted["best-annotator"] = on_test[known.index(max(known))]
+    predicted["ensemble"] = blend(on_test, weights)
+    soft = blend(on_transfer, weights)
+    if task.ensemble.prior == "labelled" and len(labelled):
+        counts = np.bincount(labelled.labels, minlength=len(names)) + 1.0
+        soft = match_prior(soft, counts / counts.sum())
+
+    from pipeline.student import distill
+
+    reads = {
+        **task.resolved("student"),
+        "template": task.student_template,
+        "labels": names,
+        "max_length": training["max_length"],
+        "truncation": training["truncation"],
+    }
+    with clock("student"):
+        student = distill(reads, soft, transfer, labelled, base, profile, seed_of("distill"))
+        predicted["student"] = student.log_probabilities(test.texts)
+    if len(labelled):
+        for name, spec in (("fine-tune", {**reads, **FINE_TUNE}), ("embedding", reads), ("tfidf-nb", reads)):
+            with clock(name):
+                rival = method(name).train(spec, labelled, transfer, base, profile, seed_of(name))
+                predicted[name] = rival.log_probabilities(test.texts)
+
+    spent = clock.seconds
+    spent["ensemble"] = spent["best-annotator"] = spent["fits"]
+    spent["student"] += spent["fits"] + spent["transfer"]
+    records = []
+    for name in METHODS:
+        scores = predicted[name]
+        found = None if scores is None else classification_metrics(scores.argmax(axis=1), test.labels, names)
+        records.append(
+            {
+                "dataset": data.name,
+                "labels": labels,
+                "seed": seed,
+                "method": name,
+                "accuracy": found and found["accuracy"],
+                "macro_f1": found and found["macro_f1"],
+                "seconds": found and round(spent[name], 2),
+            }
+        )
+    return records
+
+
+class Results:
+    """Finished cells in a JSON-lines file.
+
+    Args:
+        path: the file; made when the first cell is added.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cells: dict[str, list[Record]] = {}
+        self._torn = False
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            self._torn = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
+                try:
+                    cell = json.loads(line)
+                    self.cells[cell["key"]] = cell["results"]
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line that was being written when the run was killed: the cell is run again
+
+    def add(self, key: str, records: list[Record], **about: Any) -> None:
+        """Append a cell."""
+        self.cells[key] = records
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if self._torn else "") + json.dumps({"key": key, **about, "results": records}) + "\n")
+        self._torn = False
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds to load a model, to train on a token and to score one."""
+
+    load: float
+    trained: float
+    scored: float
+
+    @classmethod
+    def measure(cls, data: Dataset) -> Rates:
+        """A few steps and a few batches of a dataset."""
+        some = data.train.head(64)
+        rows, steps = Labelled(some.texts, some.labels), 4
+        _, annotator, _ = next(data.task.members())
+        spec = {
+            **data.task.resolved("training"),
+            "pattern": annotator.pattern,
+            "words": [[label, words] for label, words in data.task.words_of(annotator).items()],
+            "labels": data.task.label_names,
+            "mlm_alpha": 0.0,
+            "steps": steps,
+        }
+        none: Texts = {name: [] for name in some.texts}
+        nothing = Labelled({}, np.zeros(0, dtype=np.int64))
+        spent = []
+        for labelled in (nothing, nothing, rows):  # the first imports torch and reads the file from the disk
+            start = time.perf_counter()
+            fitted = method("pet").train(spec, labelled, none, data.base, data.profile, 0)
+            spent.append(time.perf_counter() - start)
+        fitted.log_probabilities(data.test.head(16).texts)
+        start = time.perf_counter()
+        scored = data.test.head(256)
+        fitted.log_probabilities(scored.texts)
+        tokens = tokens_of_row(data)
+        return cls(
+            spent[1],
+            max(spent[2] - spent[1], 0.0) / (steps * spec["batch_size"] * tokens),
+            (time.perf_counter() - start) / (len(scored) * tokens),
+        )
+
+
+def tokens_of_row(data: Dataset) -> float:
+    """The mean tokens of a test row in a pattern."""
+    longest = min(data.task.resolved("training")["max_length"], data.base.positions)
+    encoder = Encoder(load_tokenizer(data.base.path), longest, data.task.training.truncation)
+    _, annotator, _ = next(data.task.members())
+    encoded = encoder.encode(Template.parse(annotator.pattern), data.test.head(200).texts, masks=1)
+    return float(np.mean([len(row) for row in encoded.input_ids]))
+
+
+def estimate(data: Dataset, labels: int, rates: Rates) -> float:
+    """The expected seconds of a cell, from its steps and rows."""
+    training, student = data.task.resolved("training"), data.task.resolved("student")
+    members = len(list(data.task.members()))
+    pool = data.train if data.unlabelled is None else data.unlabelled
+    transfer, test = min(data.cap, len(pool)), len(data.test)
+    fits = 1 + training["folds"] if labels and training["steps"] else 0
+    batch = training["batch_size"] + (training["mlm_batch_size"] if training["mlm_alpha"] else 0)
+    trained = members * fits * training["steps"] * batch
+    trained += student["steps"] * student["batch_size"] * (1.25 if labels else 1.0)  # see `pipeline.student`
+    trained += FINE_TUNE["steps"] * FINE_TUNE["batch_size"] if labels else 0
+    scored = members * (transfer + test * (2 if labels else 1)) + test * (3 if labels else 1)
+    loads = members * (fits + 1) + (3 if labels else 1)
+    return tokens_of_row(data) * (trained * rates.trained + scored * rates.scored) + loads * rates.load
+
+
+def table(records: Sequence[Record], cap: int) -> str:
+    """The records as Markdown: means over the seeds with standard deviations, in per cent."""
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["dataset"], record["labels"]), []).append(record)
+    parts = []
+    for metric, title in (("accuracy", "Accuracy"), ("macro_f1", "Macro-F1")):
+        lines = [
+            f"{title}, per cent: mean ± standard deviation over the seeds (draws of the labelled rows)\n",
+            f"| dataset | labels | seeds | {' | '.join(METHODS)} |",
+            f"|---|--:|--:|{'--:|' * len(METHODS)}",
+        ]
+        for (dataset, labels), group in groups.items():
+            cells = []
+            for name in METHODS:
+                values = [100 * r[metric] for r in group if r["method"] == name and r[metric] is not None]
+                spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "-")
+            seeds = len({record["seed"] for record in group})
+            lines.append(f"| {dataset} | {labels} | {seeds} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    parts.append(f"Transfer and test sets hold at most {cap:,} rows each, drawn with a fixed seed.")
+    return "\n\n".join(parts)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(part) for part in _names(text)]
+    if any(number < 0 for number in numbers):
+        raise ValueError("numbers of rows are 0 or more")
+    return numbers
+
+
+def run(
+    data: Path,
+    datasets: Sequence[str],
+    labels: Sequence[int],
+    seeds: int,
+    *,
+    task: Path | None = None,
+    cap: int = CAP,
+    out: Path | None = None,
+) -> list[Record]:
+    """Run the cells that are not there yet.
+
+    Args:
+        data: the directory with a folder for each dataset.
+        datasets: names of folders.
+        labels: numbers of labelled rows.
+        seeds: how many draws, numbered from 0.
+        task: a task file instead of that in ``benchmarks/tasks``; then there is one dataset.
+        cap: the most rows of the transfer set, and of the test set.
+        out: the JSON-lines file with finished cells.
+
+    Returns:
+        The records of all wanted cells: dataset, labels, seed, method, accuracy, macro_f1, seconds.
+
+    Raises:
+        InputError: a dataset or a task is missing or does not fit.
+    """
+    if task is not None and len(datasets) != 1:
+        raise InputError("one task file goes with one dataset", where="--task")
+    results = Results(out or Path(f"quality-{'+'.join(datasets)}-cap{cap}.jsonl"))
+    wanted: list[tuple[Dataset, int, int, str]] = []
+    for name in datasets:
+        loaded = Dataset.load(data / name, Task.load(task or TASKS / f"{name}.yaml"), cap)
+        for number in labels:
+            if number:
+                draw(loaded.train.labels, number, 0)  # tells now what can't be drawn, not hours later
+            # Without labels nothing is drawn, so that all seeds would give the same.
+            wanted += [(loaded, number, seed, loaded.key(number, seed)) for seed in range(seeds if number else 1)]
+    _say(f"transfer and test sets hold at most {cap:,} rows each, drawn with a fixed seed (--cap)")
+    missing = [cell for cell in wanted if cell[3] not in results.cells]
+    there = len(wanted) - len(missing)
+    _say(f"{len(wanted)} cells, {there} of them are in {results.path} already")
+    if missing:
+        rates = Rates.measure(missing[0][0])
+        expected = [estimate(loaded, number, rates) for loaded, number, *_ in missing]
+        _say(f"expected: {human_seconds(sum(expected))}")
+        start = time.perf_counter()
+        for i, (loaded, number, seed, key) in enumerate(missing):
+            began = time.perf_counter()
+            records = run_cell(loaded, number, seed)
+            results.add(
+                key, records, dataset=loaded.name, labels=number, seed=seed, cap=cap, test_rows=len(loaded.test)
+            )
+            ended = time.perf_counter()
+            left = sum(expected[i + 1 :]) * (ended - start) / sum(expected[: i + 1])
+            scores = ", ".join(f"{r['method']} {r['accuracy']:.3f}" for r in records if r["accuracy"] is not None)
+            _say(
+                f"[{i + 1}/{len(missing)}] {loaded.name}, {number} labels, seed {seed}: {scores}; "
+                f"took {human_seconds(ended - began)}, about {human_seconds(left)} left"
+            )
+    return [record for *_, key in wanted for record in results.cells[key]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder for each dataset")
+    parser.add_argument("--datasets", type=_names, required=True, metavar="NAME[,NAME...]")
+    parser.add_argument("--labels", type=_numbers, required=True, metavar="N[,N...]", help="numbers of labelled rows")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="draws, numbered from 0 (default 1)")
+    parser.add_argument("--task", type=Path, metavar="FILE", help="a task file instead of benchmarks/tasks/NAME.yaml")
+    parser.add_argument("--cap", type=int, default=CAP, metavar="ROWS", help=f"of transfer and test (default {CAP})")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="finished cells; default quality-NAMES-capROWS.jsonl")
+    parser.add_argument("--json", action="store_true", help="print the records as JSON instead of tables")
+    given = parser.parse_args(arguments)
+
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        records = run(
+            given.data, given.datasets, given.labels, given.seeds, task=given.task, cap=given.cap, out=given.out
+        )
+    except ClozelineError as error:
+        _say(f"error: {error}")
+        return 2 if isinstance(error, InputError) else 1
+    print(json.dumps(records, indent=1) if given.json else table(records, given.cap))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Ragged rows to padded batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, strategies as st
+
+from pipeline.batching import by_length, pad, split_by_length
+
+lengths_of_rows = st.lists(st.integers(0, 300), max_size=60)
+
+
+@given(lengths_of_rows, st.integers(1, 1000))
+def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = by_length(lengths, budget)
+    assert sorted(i for batch in batches for i in batch.tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) > 0
+        longest = max(lengths[i] for i in batch)
+        assert len(batch) == 1 or len(batch) * longest <= budget
+
+
+@given(lengths_of_rows, st.integers(1, 1000))
+def test_the_longest_rows_come_first(lengths: list[int], budget: int) -> None:
+    order = [lengths[i] for batch in by_length(lengths, budget) for i in batch]
+    assert order == sorted(lengths, reverse=True)
+
+
+@given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=12), min_size=1, max_size=8))
+def test_padding_stands_behind_each_row_and_is_masked(rows: list[list[int]]) -> None:
+    ids, mask = pad([np.array(row, dtype=np.int32) for row in rows], 0, torch.device("cpu"))
+    assert ids.dtype == mask.dtype == torch.int64
+    assert ids.shape == mask.shape == (len(rows), max(map(len, rows)))
+    for row, padded, seen in zip(rows, ids.tolist(), mask.tolist(), strict=True):
+        assert padded == row + [0] * (len(padded) - len(row))
+        assert seen == [1] * len(row) + [0] * (len(padded) - len(row))
+
+
+def padded_tokens(lengths: list[int], parts: list[np.ndarray]) -> int:
+    return sum(len(part) * max(lengths[i] for i in part) for part in parts)
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=40))
+def test_a_step_is_split_in_two_at_most_and_only_where_that_saves(lengths: list[int]) -> None:
+    parts = split_by_length(lengths)
+    assert sorted(i for part in parts for i in part.tolist()) == list(range(len(lengths)))
+    assert len(parts) in {1, 2}
+    assert all(len(part) > 0 for part in parts)
+    if len(parts) == 2:
+        assert padded_tokens(lengths, parts) < len(lengths) * max(lengths)
+
+
+def test_one_long_text_among_short_ones_goes_alone() -> None:
+    parts = split_by_length([20] * 8 + [500] + [20] * 7)
+    assert sorted(map(len, parts)) == [1, 15]
+    assert [8] in [part.tolist() for part in parts]
+
+
+def test_texts_of_one_length_stay_together() -> None:
+    assert len(split_by_length([64] * 16)) == 1

@@ -1,0 +1,329 @@
+"""Scoring label words at the mask: the same numbers as the full forward pass, at a fraction of its work."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from pipeline.batching import pad
+from pipeline.cloze import ClozeModel, WordScorer, load_tokenizer, stack_words
+from pipeline.template import Encoded, Encoder, Template
+from pipeline.verbalizer import Verbalizer
+from tests.conftest import BAD, GOOD, POSITIONS, sentence
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+ROWS = 12
+EXACT = 1e-5
+PATTERNS = {"first": "{mask}: {text}", "middle": "{text} It was {mask} {other}", "last": "{text} {other} {mask}"}
+# "goodly" and the like take several tokens: the tiny tokenizer knows the word and single letters.
+VERBALIZERS: dict[str, dict[str, Sequence[str]]] = {
+    "a word a label": {"good": ["good"], "bad": ["bad"], "neutral": ["quite"]},
+    "several words a label": {"good": ["good", "great", "fine"], "bad": ["bad"], "neutral": ["quite", "so"]},
+    "words of two tokens": {"good": ["goodx"], "bad": ["badx"], "neutral": ["very so"]},
+    "words of one and more tokens": {"good": ["good", "goodly"], "bad": ["awfulx"], "neutral": ["very so", "ok"]},
+}
+
+
+def texts(seed: int = 0) -> dict[str, list[str]]:
+    """Rows of different lengths, one of them longer than the model."""
+    draw = random.Random(seed)
+    columns = {
+        "text": [sentence(draw, GOOD) for _ in range(ROWS)],
+        "other": [sentence(draw, BAD) for _ in range(ROWS)],
+    }
+    columns["text"][3] = " ".join(sentence(draw, GOOD) for _ in range(8))
+    columns["other"][5] = ""
+    return columns
+
+
+class Scene:
+    """A scorer beside a plain model that was loaded apart from it, over the same rows."""
+
+    def __init__(self, path: Path, profile: Mapping[str, str], pattern: str, words: Mapping[str, Sequence[str]]) -> None:
+        tokenizer = load_tokenizer(path)
+        encoder = Encoder(tokenizer, POSITIONS)
+        self.verbalizer = Verbalizer.resolve(words, tokenizer)
+        self.model = ClozeModel(path, profile)
+        self.scorer = WordScorer(self.model, self.verbalizer)
+        template = Template.parse(pattern)
+        self.encoded = {width: encoder.encode(template, texts(), masks=width) for width in self.verbalizer.widths}
+        self.plain = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.pad_id = tokenizer.pad_token_id
+        self.mask_id = tokenizer.mask_token_id
+
+    def batch(self, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ids, attention = pad(encoded.input_ids, self.pad_id, torch.device("cpu"))
+        return ids, attention, torch.from_numpy(encoded.mask_at.astype(np.int64))
+
+    def expected_word_scores(self) -> torch.Tensor:
+        """Word by word and row by row, from the full forward pass of the plain model, without padding."""
+        mixed = len(self.encoded) > 1
+        rows = []
+        for row in range(ROWS):
+            at_masks = {}
+            for width, inputs in self.encoded.items():
+                ids = torch.from_numpy(inputs.input_ids[row].astype(np.int64))
+                logits = self.plain(input_ids=ids[None]).logits[0, ids == self.mask_id]
+                at_masks[width] = logits.log_softmax(-1) if mixed else logits
+            scores = []
+            for word in self.verbalizer.words:
+                logits = at_masks[len(word.ids)]
+                scores.append(sum(logits[i, token] for i, token in enumerate(word.ids)) / len(word.ids))
+            rows.append(torch.stack(scores))
+        return torch.stack(rows)
+
+    def expected_label_logits(self, scores: torch.Tensor) -> torch.Tensor:
+        columns = []
+        for label in range(self.verbalizer.labels):
+            mine = [i for i, word in enumerate(self.verbalizer.words) if word.label == label]
+            columns.append(scores[:, mine].logsumexp(1) - np.log(len(mine)))
+        return torch.stack(columns, dim=1)
+
+    def label_logits(self) -> torch.Tensor:
+        """As training computes them: in one padded batch a token count, with a graph."""
+        parts = [self.scorer.word_scores(*self.batch(inputs)) for inputs in self.encoded.values()]
+        return self.scorer.label_logits(stack_words(parts, len(self.verbalizer.words)))
+
+
+@pytest.fixture
+def scene(tiny_model: Path, profile: Mapping[str, str]) -> Callable[[str, str], Scene]:
+    return lambda pattern, words: Scene(tiny_model, profile, PATTERNS[pattern], VERBALIZERS[words])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("words", VERBALIZERS)
+def test_word_scores_are_the_full_forwards_logits_at_the_mask(
+    pattern: str, words: str, scene: Callable[[str, str], Scene]
+) -> None:
+    given = scene(pattern, words)
+    lengths = {len(row) for inputs in given.encoded.values() for row in inputs.input_ids}
+    assert len(lengths) > 3  # so that batches are padded
+    assert max(lengths) == POSITIONS
+    with torch.no_grad():
+        expected = given.expected_word_scores()
+    scores = given.scorer.score(given.encoded)
+    assert scores.shape == (ROWS, len(given.verbalizer.words))
+    assert np.abs(scores - expected.numpy()).max() < EXACT
+    with torch.no_grad():
+        wanted = given.expected_label_logits(expected)
+        assert (given.label_logits() - wanted).abs().max() < EXACT
+    assert np.abs(given.scorer.log_probabilities(scores) - wanted.log_softmax(-1).numpy()).max() < EXACT
+    assert np.ptp(wanted.numpy(), axis=0).max() > 0.1  # the rows differ by far more than what is called equal
+
+
+@pytest.mark.parametrize("words", VERBALIZERS)
+def test_a_gradient_step_is_that_of_the_full_forward(words: str, scene: Callable[[str, str], Scene]) -> None:
+    given = scene("middle", words)
+    targets = torch.arange(ROWS) % 3
+    F.cross_entropy(given.label_logits(), targets).backward()
+    F.cross_entropy(given.expected_label_logits(given.expected_word_scores()), targets).backward()
+    mine = dict(given.model.model.named_parameters())
+    theirs = dict(given.plain.named_parameters())
+    assert set(mine) == set(theirs)
+    largest = 0.0
+    for name, parameter in theirs.items():
+        gradient, expected = mine[name].grad, parameter.grad
+        if expected is None:  # what the loss does not depend on
+            assert gradient is None or gradient.abs().max() == 0
+            continue
+        assert gradient is not None, name
+        assert (gradient - expected).abs().max() < EXACT, name
+        largest = max(largest, float(expected.abs().max()))
+    assert largest > 0.01
+    for model in (given.model.model, given.plain):
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for name, parameter in theirs.items():
+        assert (mine[name] - parameter).abs().max() < EXACT, name
+
+
+def test_logits_anywhere_and_over_the_whole_vocabulary_are_the_full_forwards(
+    scene: Callable[[str, str], Scene],
+) -> None:
+    given = scene("first", "a word a label")
+    ids, attention, _ = given.batch(given.encoded[1])
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, ROWS, (30,), generator=draw)
+    columns = (torch.rand(30, generator=draw) * attention.sum(1)[rows]).long()
+    with torch.no_grad():
+        full = given.plain(input_ids=ids, attention_mask=attention).logits[rows, columns]
+        assert (given.model.logits_at(ids, attention, rows, columns) - full).abs().max() < EXACT
+        words = torch.tensor([7, 3, 250])
+        some = given.model.logits_at(ids, attention, rows, columns, words)
+    assert (some - full[:, words]).abs().max() < EXACT
+
+
+def test_only_the_words_rows_of_the_output_embedding_are_multiplied(scene: Callable[[str, str], Scene]) -> None:
+    given = scene("middle", "several words a label")
+    shapes: list[tuple[torch.Size, torch.Size]] = []
+    given.model.decoder.register_forward_hook(
+        lambda module, inputs, output: shapes.append((inputs[0].shape, output.shape))
+    )
+    given.scorer.score(given.encoded)
+    assert sum(inputs[0] for inputs, _ in shapes) == ROWS
+    for inputs, output in shapes:
+        assert inputs[1:] == (1, 32)  # a vector a mask, not one a token
+        assert output[1:] == (1, len(given.verbalizer.words))
+
+
+def test_scores_of_a_row_do_not_depend_on_its_company(scene: Callable[[str, str], Scene]) -> None:
+    given = scene("middle", "a word a label")
+    together = given.scorer.score(given.encoded)
+    inputs = given.encoded[1]
+    for row in (0, 3, 5):
+        alone = Encoded([inputs.input_ids[row]], inputs.mask_at[[row]], [inputs.pattern_at[row]], inputs.shortened[[row]])
+        assert np.abs(given.scorer.score({1: alone})[0] - together[row]).max() < EXACT
+
+
+def test_progress_counts_every_row_of_every_pass(scene: Callable[[str, str], Scene]) -> None:
+    given = scene("first", "words of one and more tokens")
+    told: list[tuple[int, int]] = []
+    given.scorer.score(given.encoded, lambda done, total: told.append((done, total)))
+    total = ROWS * len(given.verbalizer.widths)
+    assert told[-1] == (total, total)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_bf16_multiplies_the_label_words_in_fp32_and_stays_close(tiny_model: Path, profile: dict[str, str]) -> None:
+    exact = Scene(tiny_model, profile, PATTERNS["middle"], VERBALIZERS["a word a label"])
+    coarse = Scene(tiny_model, {**profile, "dtype": "bfloat16"}, PATTERNS["middle"], VERBALIZERS["a word a label"])
+    assert {parameter.dtype for parameter in coarse.model.parameters()} == {torch.float32}
+    apart = np.abs(exact.scorer.score(exact.encoded) - coarse.scorer.score(coarse.encoded))
+    assert 0 < apart.max() < 0.25
+    ids, attention, at = coarse.batch(coarse.encoded[1])
+    with torch.no_grad(), coarse.model.autocast():
+        rows = torch.arange(ROWS)[:, None]
+        assert coarse.model.logits_at(ids, attention, rows, at, torch.tensor([5])).dtype == torch.float32
+
+
+# ---- every family by the one path ----------------------------------------------------------------------
+
+_COMMON = {
+    "vocab_size": 80,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+_DISTILBERT = {
+    **{key: _COMMON[key] for key in ("vocab_size", "max_position_embeddings", "initializer_range", "pad_token_id")},
+    **{"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48},
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": _COMMON,
+    "roberta": {**_COMMON, "pad_token_id": 1},
+    "xlm-roberta": {**_COMMON, "pad_token_id": 1},
+    "mpnet": {**_COMMON, "pad_token_id": 1},
+    "albert": {**_COMMON, "embedding_size": 16},
+    "electra": {**_COMMON, "embedding_size": 16},
+    "distilbert": _DISTILBERT,
+    "deberta": _COMMON,
+    "deberta-v2": {**_COMMON, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 16},
+    "modernbert": {**_COMMON, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
+}
+
+
+def _make(family: str, path: Path) -> Any:
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    AutoModelForMaskedLM.from_config(config).save_pretrained(path)
+    return AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_scores_as_its_own_full_forward(family: str, tmp_path: Path, profile: Mapping[str, str]) -> None:
+    plain = _make(family, tmp_path)
+    model = ClozeModel(tmp_path, profile)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 80, (3, 17), generator=draw)
+    attention = torch.ones_like(ids)
+    ids[1, 9:], attention[1, 9:] = FAMILIES[family]["pad_token_id"], 0
+    rows, columns = torch.tensor([[0], [1], [2]]), torch.tensor([[0], [8], [16]])
+    words = torch.tensor([7, 9, 70])
+    with torch.no_grad():
+        full = plain(input_ids=ids, attention_mask=attention).logits[rows, columns]
+        assert (model.logits_at(ids, attention, rows, columns) - full).abs().max() < EXACT
+        assert (model.logits_at(ids, attention, rows, columns, words) - full[..., words]).abs().max() < EXACT
+    assert full.std() > 0.1
+
+
+# ---- what training leaves ------------------------------------------------------------------------------
+
+
+def test_a_delta_brings_back_what_training_changed_and_holds_nothing_else(
+    scene: Callable[[str, str], Scene], tmp_path: Path
+) -> None:
+    given, fresh = (scene("middle", "several words a label") for _ in range(2))
+    before = given.scorer.score(given.encoded)
+    changed = {"bert.encoder.layer.1.output.dense.weight", "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"}
+    parameters = dict(given.model.model.named_parameters())
+    with torch.no_grad():
+        for name in changed:
+            parameters[name] += 0.1 * torch.randn(parameters[name].shape, generator=torch.Generator().manual_seed(0))
+    after = given.scorer.score(given.encoded)
+    assert np.abs(after - before).max() > 0.01
+    given.model.save_delta(tmp_path)
+    assert set(load_file(tmp_path / "delta.safetensors")) == changed
+    fresh.model.load_delta(tmp_path)
+    assert np.array_equal(fresh.scorer.score(fresh.encoded), after)
+
+
+def test_an_untrained_models_delta_is_empty(scene: Callable[[str, str], Scene], tmp_path: Path) -> None:
+    given = scene("middle", "a word a label")
+    given.model.save_delta(tmp_path)
+    assert load_file(tmp_path / "delta.safetensors") == {}
+    given.model.load_delta(tmp_path)
+
+
+# ---- calibration ---------------------------------------------------------------------------------------
+
+
+def test_calibration_subtracts_the_log_of_each_words_mean_probability(scene: Callable[[str, str], Scene]) -> None:
+    given = scene("middle", "several words a label")
+    scores = given.scorer.score(given.encoded)
+    given.scorer.calibrate(scores)
+    probabilities = torch.from_numpy(scores).softmax(-1)
+    assert torch.allclose(given.scorer.bias, probabilities.mean(0).log(), atol=1e-6)
+    corrected = torch.from_numpy(scores) - probabilities.mean(0).log()
+    assert np.allclose(
+        given.scorer.log_probabilities(scores), given.expected_label_logits(corrected).log_softmax(-1), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("words", VERBALIZERS)
+def test_calibration_evens_out_what_the_model_prefers_everywhere(
+    words: str, scene: Callable[[str, str], Scene]
+) -> None:
+    given = scene("middle", words)
+    scores = given.scorer.score(given.encoded)
+    scores[:, 0] += 3  # a word that the model likes whatever the text
+    before = np.exp(given.scorer.log_probabilities(scores)).mean(axis=0)
+    given.scorer.calibrate(scores)
+    after = np.exp(given.scorer.log_probabilities(scores)).mean(axis=0)
+    assert np.abs(after - 1 / 3).max() < np.abs(before - 1 / 3).max()
+    assert np.abs(after - 1 / 3).max() < 0.05
+
+
+def test_rows_that_all_look_alike_are_calibrated_to_uniform(scene: Callable[[str, str], Scene]) -> None:
+    given = scene("first", "several words a label")
+    scores = np.tile(np.linspace(-3, 4, len(given.verbalizer.words), dtype=np.float32), (5, 1))
+    given.scorer.calibrate(scores)
+    assert np.exp(given.scorer.log_probabilities(scores)) == pytest.approx(np.full((5, 3), 1 / 3), abs=1e-6)
+
+
+def test_a_label_with_more_words_is_not_favoured_for_their_number(scene: Callable[[str, str], Scene]) -> None:
+    given = scene("first", "several words a label")
+    same = np.zeros((2, len(given.verbalizer.words)), dtype=np.float32)
+    assert np.exp(given.scorer.log_probabilities(same)) == pytest.approx(np.full((2, 3), 1 / 3), abs=1e-6)

@@ -1,0 +1,119 @@
+"""prefect.yaml, and the deployment on a real server with a real worker."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+KNOWN = {
+    "": {"name", "prefect-version", "build", "push", "pull", "deployments"},
+    "deployment": {
+        "name", "version", "tags", "description", "schedules", "paused", "concurrency_limit", "entrypoint",
+        "parameters", "enforce_parameter_schema", "work_pool", "triggers",
+    },
+    "schedule": {"slug", "cron", "timezone", "active", "parameters", "interval", "rrule", "anchor_date", "day_or"},
+    "work_pool": {"name", "work_queue_name", "job_variables"},
+}  # fmt: skip
+
+
+def test_prefect_yaml_has_only_known_keys_and_importable_flows_with_valid_parameters() -> None:
+    document: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+    assert set(document) <= KNOWN[""]  # Prefect ignores unknown keys without a word
+    assert document["pull"] == []
+    for deployment in document["deployments"]:
+        assert set(deployment) <= KNOWN["deployment"]
+        assert set(deployment["work_pool"]) <= KNOWN["work_pool"]
+        module, name = deployment["entrypoint"].rsplit(".", 1)
+        flow = getattr(importlib.import_module(module), name)
+        known = set(flow.parameters.properties)
+        assert set(deployment["parameters"]) <= known
+        for schedule in deployment["schedules"]:
+            assert set(schedule) <= KNOWN["schedule"]
+            assert schedule["active"] is False
+            flow.validate_parameters({**deployment["parameters"], **schedule["parameters"]})
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[dict[str, str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "CLOZELINE_HOME": str(tmp_path / "home"),
+    }
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 90
+    while True:
+        try:
+            if httpx.get(f"{environment['PREFECT_API_URL']}/health").status_code == 200:
+                break
+        except httpx.HTTPError:
+            pass
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    yield environment
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+
+
+@pytest.mark.prefect
+def test_deployment_run_on_a_process_pool_publishes_a_release(
+    server: dict[str, str], tiny_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    def prefect(*arguments: str, **options: Any) -> str:
+        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+        done = subprocess.run(command, env=server, capture_output=True, text=True, timeout=200, check=False, **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    prefect("work-pool", "create", "cpu", "--type", "process")
+    prefect("deploy", "--all", cwd=ROOT)
+    elsewhere = tmp_path / "elsewhere"  # the worker's directory is not the project's
+    elsewhere.mkdir()
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cpu", "--name", "test"],
+        env=server,
+        cwd=elsewhere,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        path = tiny_task()
+        (tmp_path / "home").mkdir(exist_ok=True)
+        relative = os.path.relpath(path, tmp_path / "home")  # as a deployment's parameter: from CLOZELINE_HOME
+        prefect("deployment", "run", "label/default", "--param", f"task={relative}", "--watch", "--watch-timeout", "180")
+    finally:
+        os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+    release = tmp_path / "home" / "releases" / "tiny"
+    version = release / "versions" / (release / "LATEST").read_text().strip()
+    assert (version / "_SUCCESS").is_file()
+    assert json.loads((version / "manifest.json").read_text())["rows"] == {"review": 5, "rest": 19, "train": 8}
+    api = server["PREFECT_API_URL"]
+    runs = httpx.post(f"{api}/flow_runs/filter", json={}).json()
+    assert [run["state_name"] for run in runs] == ["Completed"]
+    tasks = {run["name"] for run in httpx.post(f"{api}/task_runs/filter", json={}).json()}
+    assert {"fit p0", "annotate p1 on transfer", "blend", "distill", "release"} <= tasks
+    artifacts = {found["key"] for found in httpx.post(f"{api}/artifacts/filter", json={}).json()}
+    assert {"tiny-label-shares", "tiny-annotators", "tiny-release", "tiny-link"} <= artifacts

@@ -1,0 +1,222 @@
+"""The whole command in processes of its own, with a real Prefect server: runs, kills, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = pytest.mark.prefect
+MakeTask = Callable[..., Path]
+
+
+class Machine:
+    """An environment in which commands run: their home, their Prefect, and what they leave behind."""
+
+    def __init__(self, root: Path, prefect_home: Path) -> None:
+        self.root = root
+        self.environment = {
+            **os.environ,
+            "CLOZELINE_HOME": str(root),
+            "PREFECT_HOME": str(prefect_home),
+            "CLOZELINE_TEST_MARK": str(root),
+        }
+        self.environment.pop("PREFECT_API_URL", None)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=self.environment,
+            text=True,
+            start_new_session=True,
+        )
+
+    def clozeline(self, *arguments: str) -> tuple[int, str, str]:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=240)
+        return process.returncode, out, err
+
+    def summary(self, *arguments: str) -> dict[str, Any]:
+        code, out, err = self.clozeline("run", *arguments, "--json")
+        assert code == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    def processes(self) -> list[str]:
+        """What still runs with this environment."""
+        found = []
+        for process in psutil.process_iter(["pid", "cmdline"]):
+            try:
+                if process.environ().get("CLOZELINE_TEST_MARK") == str(self.root):
+                    found.append(" ".join(process.info["cmdline"] or []))
+            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                continue
+        return found
+
+    def wait_until_nothing_runs(self) -> None:
+        until = time.monotonic() + 15
+        while self.processes():
+            assert time.monotonic() < until, self.processes()
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture
+def machine(tmp_path: Path, prefect_home: Path) -> Machine:
+    return Machine(tmp_path / "home", prefect_home)
+
+
+def bytes_of(release: str) -> dict[str, bytes]:
+    root = Path(release)
+    files = [*root.glob("data/*"), *root.glob("model/*.safetensors")]
+    return {str(file.relative_to(root)): file.read_bytes() for file in sorted(files)}
+
+
+def test_run_publishes_and_the_same_command_does_nothing_again(machine: Machine, tiny_task: MakeTask) -> None:
+    path = str(tiny_task())
+    first = machine.summary(path)
+    assert first["new"]
+    assert "fit p0" in first["executed"]
+    assert first["rows"] == {"review": 5, "rest": 19, "train": 8}
+    assert first["test"]["student"]["rows"] == 10
+    again = machine.summary(path)
+    assert again["executed"] == []
+    assert (again["release"], again["new"]) == (first["release"], False)
+    changed = machine.summary(path, "--set", "annotators.1.pattern={text} All in all {mask}!")
+    assert "fit p1" in changed["executed"]
+    assert "fit p0" not in changed["executed"]
+    code, out, _ = machine.clozeline("run", path, "--dry-run", "--json")
+    assert code == 0
+    assert all(stage["cached"] for stage in json.loads(out)["stages"])
+    machine.wait_until_nothing_runs()
+
+
+def test_run_killed_at_any_moment_ends_with_the_same_bytes(
+    machine: Machine, tiny_task: MakeTask, tmp_path: Path, prefect_home: Path
+) -> None:
+    path = str(tiny_task(changes={"training": {"steps": 20}, "student": {"steps": 20}}))
+    calm = machine.summary(path)
+    other = Machine(tmp_path / "killed", prefect_home)
+    draw = random.Random(11)
+    kills = 0
+    while kills < 4:
+        process = other.start("run", path, "--json")
+        # Most of the work lies a few seconds behind the start; a kill may also hit the start itself.
+        time.sleep(draw.uniform(1.0, 12.0))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        other.wait_until_nothing_runs()
+    assert kills >= 1
+    final = other.summary(path)
+    assert bytes_of(final["release"]) == bytes_of(calm["release"])
+    assert Path(final["release"]).name == Path(calm["release"]).name
+    tmp = other.root / ".clozeline" / "store" / "tmp"
+    assert not list(tmp.iterdir())
+
+
+def test_lost_stage_process_is_retried(machine: Machine, tiny_task: MakeTask) -> None:
+    process = machine.start("run", str(tiny_task(changes={"training": {"steps": 60}})), "--json")
+    until = time.monotonic() + 60
+    killed = False
+    while not killed and time.monotonic() < until:
+        for found in psutil.Process(process.pid).children(recursive=True):
+            try:
+                # Once its store holds a running fit, the worker is in the middle of one.
+                busy = list((machine.root / ".clozeline" / "store" / "tmp").glob("fit-*"))
+                if "pipeline.worker" in " ".join(found.cmdline()) and busy:
+                    found.kill()
+                    killed = True
+            except psutil.NoSuchProcess:
+                continue
+        time.sleep(0.02)
+    out, err = process.communicate(timeout=200)
+    assert killed
+    assert process.returncode == 0, err
+    assert json.loads(out)["new"]
+
+
+def test_ctrl_c_stops_and_leaves_no_process(machine: Machine, tiny_task: MakeTask) -> None:
+    process = machine.start("run", str(tiny_task(changes={"training": {"steps": 5000}})))
+    until = time.monotonic() + 60
+    while not list((machine.root / ".clozeline" / "store" / "tmp").glob("fit-*")):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "the same command goes on from here" in err
+    machine.wait_until_nothing_runs()
+
+
+def test_wrong_input_exits_with_2_and_names_the_fix(machine: Machine, tiny_task: MakeTask) -> None:
+    path = tiny_task()
+    for arguments, message in [
+        (("run", str(path), "--set", "training.stepz=3"), "unknown key 'training.stepz'; the nearest known key is 'steps'"),
+        (("check", str(path), "--set", "inputs.text=body"), "which is not among inputs.text"),
+        (("run", str(path.parent / "none.yaml")), "`clozeline init` writes one"),
+        (("predict", str(path.parent), "in.parquet", "out.parquet"), "neither a release nor a student"),
+        (("run", str(path), "--bogus"), "--bogus"),
+    ]:
+        code, _, err = machine.clozeline(*arguments)
+        assert (code, message in err) == (2, True), err
+    assert not (machine.root / ".clozeline").exists()
+
+
+def test_error_found_by_a_stage_exits_with_2(machine: Machine, tiny_task: MakeTask) -> None:
+    path = tiny_task()
+    rows = pq.read_table(path.parent / "unlabelled.parquet").to_pylist()
+    rows[4]["key"] = rows[2]["key"]
+    pq.write_table(pa.Table.from_pylist(rows), path.parent / "unlabelled.parquet")
+    code, _, err = machine.clozeline("run", str(path))
+    assert code == 2
+    assert "row 4 has the id 'unlabelled-2', as row 2 has" in err
+    machine.wait_until_nothing_runs()
+
+
+def test_unwritable_release_directory_exits_with_2(machine: Machine, tiny_task: MakeTask, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    code, _, err = machine.clozeline("run", str(tiny_task()), "--out", str(tmp_path / "file" / "releases"))
+    assert code == 2
+    assert "can't write the release" in err
+
+
+def test_init_check_and_preview_on_the_same_file(machine: Machine, tiny_task: MakeTask, tiny_model: Path) -> None:
+    folder = tiny_task().parent
+    target = folder / "drafted.yaml"
+    code, out, err = machine.clozeline(
+        "init", str(folder / "labelled.parquet"), "--unlabelled", "unlabelled.parquet", "--out", str(target)
+    )
+    assert code == 0, err
+    assert "clozeline check" in out
+    code, _, err = machine.clozeline("init", str(folder / "labelled.parquet"), "--out", str(target))
+    assert (code, "the file is there already" in err) == (2, True)
+    use_tiny = ("--set", f"base_model={tiny_model}", "--set", "training.max_length=48")
+    code, out, err = machine.clozeline("check", str(target), *use_tiny, "--json")
+    assert code == 0, err
+    assert json.loads(out)["rows"] == 24
+    code, out, err = machine.clozeline("preview", str(target), *use_tiny, "--json")
+    assert code == 0, err
+    patterns = json.loads(out)["patterns"]
+    assert [found["words"] for found in patterns] == [{"bad": ["bad"], "good": ["good"]}] * 2
+    assert all("[MASK]" in example for found in patterns for example in found["examples"])

@@ -1,0 +1,246 @@
+"""The benchmark of quality: the shape of its results, resuming, and that its numbers are those of the flow."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from pipeline import InputError, Task
+from pipeline.base_model import resolve_base_model
+from pipeline.plan import build_plan
+from pipeline.stages import run_stage
+from pipeline.store import Store
+from pipeline.template import Encoder
+from pipeline.verbalizer import Verbalizer
+from tests.conftest import BAD, GOOD, sentence
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not in the source distribution")
+
+
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import quality
+
+    return quality
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path, tiny_task: Callable[..., Path]) -> tuple[Path, Path]:
+    """A directory with the dataset ``tiny``, and its task file."""
+    folder = tmp_path / "data" / "tiny"
+    folder.mkdir(parents=True)
+    random_ = random.Random(1)
+    for name, rows in (("train", 40), ("test", 12)):
+        moods = [i % 2 for i in range(rows)]
+        columns = {
+            "id": [f"{name}-{i}" for i in range(rows)],
+            "text": [sentence(random_, BAD if mood else GOOD) for mood in moods],
+            "label": ["bad" if mood else "good" for mood in moods],
+        }
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+    return folder.parent, tiny_task()
+
+
+def by_method(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {record["method"]: record for record in records}
+
+
+@pytest.mark.parametrize(("rows", "counts"), [(3, [1, 1, 1]), (10, [7, 2, 1]), (40, [30, 8, 2]), (100, [75, 20, 5])])
+def test_draws_keep_the_shares_and_every_label(quality: Any, rows: int, counts: list[int]) -> None:
+    labels = np.repeat([0, 1, 2], [75, 20, 5])
+    drawn = quality.draw(labels, rows, seed=0)
+    assert len(set(drawn.tolist())) == rows
+    assert np.bincount(labels[drawn]).tolist() == counts
+
+
+def test_draws_differ_by_seed_alone(quality: Any) -> None:
+    labels = np.repeat([0, 1], 50)
+    assert quality.draw(labels, 10, 0).tolist() == quality.draw(labels, 10, 0).tolist()
+    assert quality.draw(labels, 10, 0).tolist() != quality.draw(labels, 10, 1).tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 101])
+def test_impossible_draws_are_refused(quality: Any, rows: int) -> None:
+    with pytest.raises(InputError, match=f"can't draw {rows} of 100 rows"):
+        quality.draw(np.repeat([0, 1], 50), rows, 0)
+
+
+def test_rows_of_a_cell_never_meet(quality: Any, benchmark: tuple[Path, Path]) -> None:
+    data, task = benchmark
+    train = pq.read_table(data / "tiny" / "train.parquet")
+    test = pq.read_table(data / "tiny" / "test.parquet")
+    pq.write_table(pa.concat_tables([train, train.slice(0, 5), test.slice(0, 4)]), data / "tiny" / "train.parquet")
+    loaded = quality.Dataset.load(data / "tiny", Task.load(task), 20)
+    labelled, transfer = loaded.cut(8, 0)
+    texts = [*labelled.texts["text"], *transfer["text"], *test.column("text").to_pylist()]
+    assert len(texts) == len(set(texts)) == 8 + 20 + 12
+    given = dict(zip(train.column("text").to_pylist(), train.column("label").to_pylist(), strict=True))
+    assert [given[text] for text in labelled.texts["text"]] == [["good", "bad"][i] for i in labelled.labels]
+
+
+def test_the_transfer_set_comes_from_the_unlabelled_file(quality: Any, benchmark: tuple[Path, Path]) -> None:
+    data, task = benchmark
+    pq.write_table(pa.table({"text": ["only here", "and here"]}), data / "tiny" / "unlabeled.parquet")
+    _, transfer = quality.Dataset.load(data / "tiny", Task.load(task), 20).cut(8, 0)
+    assert sorted(transfer["text"]) == ["and here", "only here"]
+
+
+def test_one_record_a_method_and_finished_cells_are_not_run_again(
+    quality: Any, benchmark: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, task = benchmark
+    out = tmp_path / "quality.jsonl"
+
+    def run(seeds: int) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = quality.run(data, ["tiny"], [0, 8], seeds, task=task, cap=10, out=out)
+        return found
+
+    records = run(1)
+    fields = ["dataset", "labels", "seed", "method", "accuracy", "macro_f1", "seconds"]
+    assert all(list(record) == fields for record in records)
+    assert [(r["labels"], r["seed"], r["method"]) for r in records] == [
+        (labels, 0, name) for labels in (0, 8) for name in quality.METHODS
+    ]
+    without, with_labels = by_method(records[:7]), by_method(records[7:])
+    able = {name for name, record in without.items() if record["accuracy"] is not None}
+    assert able == {"zero-shot", "ensemble", "student"}
+    assert without["ensemble"]["accuracy"] == without["zero-shot"]["accuracy"]
+    assert all(0 <= record["accuracy"] <= 1 and record["seconds"] > 0 for record in with_labels.values())
+    assert len(out.read_text().splitlines()) == 2
+
+    with out.open("a") as file:
+        file.write('{"key": "cut off in the mid')  # killed while it wrote
+    ran = []
+    run_cell = quality.run_cell
+    monkeypatch.setattr(quality, "run_cell", lambda *cell: ran.append(cell[1:]) or run_cell(*cell))
+    assert run(1) == records
+    assert ran == []
+    more = run(2)
+    assert ran == [(8, 1)]
+    assert more[:14] == records
+    assert run(2) == more
+    assert ran == [(8, 1)]
+
+    changed = yaml.safe_load(task.read_text())
+    changed["training"]["learning_rate"] = 1e-4
+    task.write_text(yaml.safe_dump(changed))
+    run(1)
+    assert ran == [(8, 1), (0, 0), (8, 0)]
+
+
+def test_no_cross_validation_without_two_rows_of_each_label(quality: Any, benchmark: tuple[Path, Path]) -> None:
+    data, task = benchmark
+    records = by_method(quality.run_cell(quality.Dataset.load(data / "tiny", Task.load(task), 10), 2, 0))
+    assert records["best-annotator"]["accuracy"] is None
+    assert records["best-annotator"]["seconds"] is None
+    assert records["ensemble"]["accuracy"] is not None
+
+
+@pytest.mark.parametrize("prior", ["none", "labelled"])
+def test_the_numbers_are_those_of_the_flow(
+    quality: Any, benchmark: tuple[Path, Path], tmp_path: Path, prior: str
+) -> None:
+    data, task_file = benchmark
+    raw = yaml.safe_load(task_file.read_text())
+    # Enough steps for the annotators to differ, so that equal figures mean something.
+    raw["training"] |= {"steps": 6, "learning_rate": 3e-3, "mlm_alpha": 0.01}
+    raw["student"] |= {"steps": 6, "learning_rate": 3e-3}
+    raw["ensemble"] = {"prior": prior}
+    raw["inputs"] |= {"id": None, "carry": []}
+    task_file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    loaded = quality.Dataset.load(data / "tiny", Task.load(task_file), 100)
+    records = by_method(quality.run_cell(loaded, 10, 0))
+
+    labelled, transfer = loaded.cut(10, 0)
+    names = list(raw["labels"])
+    for name, texts, labels in (
+        ("labelled", labelled.texts, labelled.labels),
+        ("unlabelled", transfer, None),
+        ("test", loaded.test.texts, loaded.test.labels),
+    ):
+        columns = {**texts, **({} if labels is None else {"label": [names[i] for i in labels]})}
+        pq.write_table(pa.table(columns), task_file.parent / f"{name}.parquet")
+    task = Task.load(task_file)
+    plan = build_plan(task, resolve_base_model(task.base_model, task.root))
+    store = Store(tmp_path / "store")
+    for call in plan.calls:
+        artifact, _ = run_stage(call.request(store))
+        if call.stage == "evaluate":
+            found = json.loads((artifact.path / "metrics.json").read_text())["test"]["methods"]
+    for mine, theirs in (("best-annotator", "best annotator"), ("ensemble", "weighted"), ("student", "student")):
+        for metric in ("accuracy", "macro_f1"):
+            assert records[mine][metric] == found[theirs][metric], (mine, metric)
+
+
+def test_the_table_has_means_and_spreads(quality: Any) -> None:
+    rows = [
+        {"dataset": "d", "labels": 8, "seed": seed, "method": name, "accuracy": value, "macro_f1": 0.5, "seconds": 1.0}
+        for name in quality.METHODS
+        for seed, value in enumerate([None, None] if name == "best-annotator" else [0.5, 0.6])
+    ]
+    table = quality.table(rows, 2000)
+    assert "| d | 8 | 2 | 55.0 ± 7.1 | - | 55.0 ± 7.1 |" in table
+    assert "at most 2,000 rows" in table
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "tasks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_task_files_have_words_of_one_token(path: Path) -> None:
+    from pipeline.cloze import load_tokenizer
+
+    task = Task.load(path)
+    base = resolve_base_model(task.base_model)
+    tokenizer = load_tokenizer(base.path)
+    Encoder(tokenizer, 128)
+    for _, annotator, _ in task.members():
+        assert Verbalizer.resolve(task.words_of(annotator), tokenizer).widths == [1]
+    assert task.name == path.stem
+
+
+def test_label_words_have_the_same_tokens_whatever_the_tokenizer_file_says() -> None:
+    """The embedded tokenizer's file asks for padding to 128 tokens."""
+    from pipeline.cloze import load_tokenizer
+
+    tokenizer = load_tokenizer(resolve_base_model("embedded").path)
+    assert Verbalizer.resolve({"good": ["great"], "bad": ["terrible"]}, tokenizer).widths == [1]
+
+
+def test_make_ag_news_writes_a_whole_task(quality: Any, tmp_path: Path) -> None:
+    import make_ag_news
+
+    folder = tmp_path / "data" / "ag_news"
+    folder.mkdir(parents=True)
+    names = ["World", "Sports", "Business", "Sci/Tech"]
+    for name, rows in (("train", 60), ("test", 8)):
+        columns = {
+            "id": [f"{name}-{i}" for i in range(rows)],
+            "title": ["" if i % 3 else f"title {name} {i}" for i in range(rows)],
+            "description": [f"text {name} {i}" for i in range(rows)],
+            "label": [names[i % 4] for i in range(rows)],
+        }
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+    task = Task.load(make_ag_news.make(folder.parent, tmp_path / "out", unlabelled=15))
+    labelled, unlabelled, test = (
+        pq.read_table(tmp_path / "out" / f"{name}.parquet") for name in ("labelled", "unlabelled", "test")
+    )
+    assert (labelled.num_rows, unlabelled.num_rows, test.num_rows) == (40, 15, 8)
+    assert unlabelled.column_names == ["id", "title", "description"]
+    assert not set(labelled.column("id").to_pylist()) & set(unlabelled.column("id").to_pylist())
+    assert len(task.annotators) == 4
+    plan = build_plan(task, resolve_base_model(task.base_model, task.root))
+    assert plan.rows == 15
+    # The labelled rows are those of the benchmark's draw 0.
+    drawn, _ = quality.Dataset.load(folder, Task.load(BENCHMARKS / "tasks" / "ag_news.yaml"), 100).cut(40, 0)
+    assert drawn.texts["description"] == labelled.column("description").to_pylist()

@@ -1,0 +1,308 @@
+"""The stages one behind the other, without Prefect: what is cached, what is rebuilt, and what comes out."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, load_dataset
+
+from pipeline.base_model import resolve_base_model
+from pipeline.checks import check_task
+from pipeline.errors import InputError
+from pipeline.plan import Plan, build_plan
+from pipeline.predict import predict_file
+from pipeline.release import latest_manifest, publish
+from pipeline.stages import run_stage
+from pipeline.store import Store
+from pipeline.task import Task
+from tests.conftest import BAD, GOOD, sentence
+
+MakeTask = Callable[..., Path]
+
+
+class Run:
+    """A task run stage by stage in this process, published below its own directory."""
+
+    def __init__(self, path: Path, store: Path | None = None) -> None:
+        self.path, self.store = path, Store(store or path.parent / "store")
+        self.out = path.parent / "releases"
+
+    def plan(self, *overrides: str) -> Plan:
+        task = Task.load(self.path, overrides)
+        check_task(task)
+        return build_plan(task, resolve_base_model(task.base_model, task.root), latest_manifest(self.out))
+
+    def __call__(self, *overrides: str) -> list[str]:
+        """Run and publish; returns the titles of the stages that were executed."""
+        plan = self.plan(*overrides)
+        results = [(call.title, *run_stage(call.request(self.store))) for call in plan.calls]
+        self.published = publish(results[-1][1], self.out)
+        self.version = self.published.path
+        return [title for title, _, built in results if built]
+
+    def bytes(self) -> dict[str, bytes]:
+        files = [*self.version.glob("data/*"), *self.version.glob("model/*.safetensors")]
+        return {str(file.relative_to(self.version)): file.read_bytes() for file in sorted(files)}
+
+    def rows(self, split: str) -> list[dict[str, Any]]:
+        table = pa.concat_tables(pq.read_table(file) for file in sorted(self.version.glob(f"data/{split}-*.parquet")))
+        return table.to_pylist()
+
+
+@pytest.fixture
+def run(tiny_task: MakeTask) -> Run:
+    return Run(tiny_task())
+
+
+def stages_of(titles: list[str]) -> set[str]:
+    return {title.split()[0] for title in titles}
+
+
+def more_rows(path: Path, rows: int, name: str, seed: int = 7) -> None:
+    draw = random.Random(seed)
+    columns = {
+        "key": [f"{name}-{i}" for i in range(rows)],
+        "text": [sentence(draw, GOOD if i % 3 else BAD) for i in range(rows)],
+        "shop": ["east"] * rows,
+    }
+    pq.write_table(pa.table(columns), path)
+
+
+def test_second_run_executes_nothing_and_gives_the_version_that_is_there(run: Run) -> None:
+    assert stages_of(run()) >= {"ingest", "sample", "fit", "annotate", "blend", "distill", "label", "release"}
+    first = run.published
+    assert first.new
+    assert run() == []
+    assert run.published.path == first.path
+    assert not run.published.new
+
+
+def test_changed_pattern_refits_that_annotator_alone(run: Run) -> None:
+    run()
+    executed = run("annotators.1.pattern={text} All in all {mask}!")
+    assert "fit p1" in executed
+    assert not {"fit p0", "annotate p0 on transfer", "annotate p0 on test", "prepare", "sample transfer set"} & set(
+        executed
+    )
+    assert {"blend", "distill", "label", "evaluate", "release"} <= stages_of(executed)
+    assert "ingest" not in stages_of(executed)
+    assert run.version.name.startswith("0002-")
+
+
+def test_added_file_costs_no_fit_no_blend_and_no_distillation(tiny_task: MakeTask) -> None:
+    run = Run(tiny_task(changes={"inputs": {"unlabelled": "unlabelled*.parquet"}}))
+    run()
+    before = {row["row_id"]: row["label"] for split in ("rest", "review") for row in run.rows(split)}
+    more_rows(run.path.parent / "unlabelled-2.parquet", 8, "added")
+    executed = run()
+    assert not {"fit", "blend", "distill", "sample", "evaluate"} & stages_of(executed)
+    assert [title for title in executed if title.startswith("label")] == ["label unlabelled-2.parquet"]
+    after = {row["row_id"]: row["label"] for split in ("rest", "review") for row in run.rows(split)}
+    assert len(after) == len(before) + 8
+    assert {key: after[key] for key in before} == before
+
+
+def test_pool_that_outgrows_the_transfer_set_draws_it_again(tiny_task: MakeTask) -> None:
+    run = Run(tiny_task(changes={"inputs": {"unlabelled": "unlabelled*.parquet"}}))
+    run()
+    more_rows(run.path.parent / "unlabelled-2.parquet", 60, "added")
+    assert {"sample", "fit", "distill"} <= stages_of(run())
+
+
+def test_release_setting_changes_no_model(run: Run) -> None:
+    run()
+    executed = run("release.review_budget=3")
+    assert not {"fit", "distill", "label", "blend"} & stages_of(executed)
+    assert len(run.rows("review")) == 3
+
+
+def test_same_task_in_a_fresh_store_gives_the_same_bytes(tiny_task: MakeTask, tmp_path: Path) -> None:
+    one = Run(tiny_task("one"))
+    one()
+    elsewhere = tmp_path / "elsewhere" / "deep"
+    shutil.copytree(one.path.parent, elsewhere, ignore=shutil.ignore_patterns("store", "releases"))
+    other = Run(elsewhere / "task.yaml")
+    other("training.folds=0")  # something else first, in the same process: nothing of it may leak
+    shutil.rmtree(other.out)
+    other()
+    assert other.bytes() == one.bytes()
+    assert other.version.name == one.version.name
+
+
+def test_release_holds_every_row_once_with_the_users_columns(run: Run) -> None:
+    run()
+    source = {row["key"]: row for row in pq.read_table(run.path.parent / "unlabelled.parquet").to_pylist()}
+    rows = run.rows("review") + run.rows("rest")
+    assert sorted(row["row_id"] for row in rows) == sorted(source)
+    for row in rows:
+        assert (row["text"], row["shop"]) == (source[row["row_id"]]["text"], source[row["row_id"]]["shop"])
+        assert np.isclose(sum(row["probs"]), 1, atol=1e-5)
+        assert row["label"] == int(np.argmax(row["probs"]))
+        assert row["label_name"] == ["good", "bad"][row["label"]]
+        assert row["confidence"] == max(row["probs"])
+    train = {row["row_id"]: row["label_name"] for row in run.rows("train")}
+    labelled = pq.read_table(run.path.parent / "labelled.parquet").to_pylist()
+    assert train == {row["key"]: row["label"] for row in labelled}
+
+
+def test_queue_is_in_order_of_priority_with_every_annotators_vote(run: Run) -> None:
+    run()
+    queue = run.rows("review")
+    assert len(queue) == 5
+    priorities = [row["priority"] for row in queue]
+    assert priorities == sorted(priorities, reverse=True)
+    assert all([vote["annotator"] for vote in row["votes"]] == ["p0", "p1"] for row in queue)
+    assert all(row["reasons"] for row in queue)
+    assert all(row["votes"] is None and row["priority"] is None for row in run.rows("rest"))
+
+
+def test_release_loads_in_datasets_with_class_names_and_fixed_lengths(run: Run) -> None:
+    run()
+    dataset = load_dataset(str(run.version), cache_dir=str(run.out / "cache"))
+    assert set(dataset) == {"review", "rest", "train"}
+    features = dataset["review"].features
+    assert features["label"] == ClassLabel(names=["good", "bad"])
+    assert features["probs"].length == 2
+    assert features["votes"].feature["label"] == ClassLabel(names=["good", "bad"])
+    assert features["route"].names == ["review", "auto", "audit", "train", "rest"]
+
+
+def test_student_loads_in_plain_transformers_and_agrees(run: Run) -> None:
+    from transformers import pipeline
+
+    run()
+    row = run.rows("rest")[0]
+    [answer] = pipeline("text-classification", model=str(run.version / "model"), top_k=None)([row["text"]])
+    found = {entry["label"]: entry["score"] for entry in answer}
+    assert found["good"] == pytest.approx(row["probs"][0], abs=1e-4)
+
+
+def test_predict_gives_the_releases_labels(run: Run, tmp_path: Path) -> None:
+    run()
+    target = tmp_path / "out" / "predicted.parquet"
+    source = run.path.parent / "unlabelled.parquet"
+    assert predict_file(run.out, source, target) == 24
+    predicted = {row["key"]: row["predicted_name"] for row in pq.read_table(target).to_pylist()}
+    assert predicted == {row["row_id"]: row["label_name"] for split in ("rest", "review") for row in run.rows(split)}
+    assert list(target.parent.iterdir()) == [target]
+    with pytest.raises(InputError, match="neither a release nor a student"):
+        predict_file(tmp_path, source, target)
+    with pytest.raises(InputError, match="has a column 'predicted' already"):
+        predict_file(run.out, target, tmp_path / "again.parquet")
+
+
+def test_no_labelled_rows_gives_a_zero_shot_release(tiny_task: MakeTask) -> None:
+    run = Run(tiny_task(changes={"inputs": {"labelled": None}}))
+    run()
+    assert len(run.rows("rest")) == 24 - 5
+    metrics = json.loads((run.version / "metrics.json").read_text())
+    assert metrics["best_annotator"] is None
+    assert metrics["cross_validation"] is None
+    assert metrics["summary"]["weights"] == {"p0": 0.5, "p1": 0.5}
+
+
+def test_labelled_rows_in_the_pool_and_in_the_test_file_are_left_out(tiny_task: MakeTask) -> None:
+    path = tiny_task()
+    labelled = pq.read_table(path.parent / "labelled.parquet")
+    for name, columns in (("unlabelled", ["key", "text", "shop"]), ("test", ["key", "text", "shop", "label"])):
+        table = pq.read_table(path.parent / f"{name}.parquet")
+        both = pa.concat_tables([table, labelled.select(columns)])
+        pq.write_table(both, path.parent / f"{name}.parquet")
+    run = Run(path)
+    run()
+    assert len(run.rows("rest")) + len(run.rows("review")) == 24
+    metrics = json.loads((run.version / "metrics.json").read_text())
+    assert metrics["test"]["dropped_as_labelled"] == 8
+    assert metrics["summary"]["excluded_as_labelled"] == 8
+
+
+def test_equal_texts_in_two_files_get_ids_of_their_own(tiny_task: MakeTask) -> None:
+    path = tiny_task(changes={"inputs": {"id": None, "unlabelled": ["unlabelled.parquet", "copy.parquet"]}})
+    table = pq.read_table(path.parent / "unlabelled.parquet")
+    pq.write_table(table.slice(0, 6), path.parent / "copy.parquet")
+    run = Run(path)
+    run()
+    ids = [row["row_id"] for split in ("rest", "review") for row in run.rows(split)]
+    assert len(ids) == len(set(ids)) == 30
+    assert sum(row_id.endswith("-2") for row_id in ids) == 6
+    queue = [row["content_hash"] for row in run.rows("review")]
+    assert len(queue) == len(set(queue))
+
+
+def test_file_replaced_after_planning_is_refused(run: Run) -> None:
+    plan = run.plan()
+    more_rows(run.path.parent / "unlabelled.parquet", 5, "other")
+    ingest = next(call for call in plan.calls if call.title == "ingest unlabelled.parquet")
+    with pytest.raises(InputError, match="changed while the run was going on"):
+        run_stage(ingest.request(run.store))
+
+
+def test_keys_do_not_depend_on_paths_and_do_on_contents(tiny_task: MakeTask, tmp_path: Path) -> None:
+    path = tiny_task("one")
+    shutil.copytree(path.parent, tmp_path / "two")
+    one, two = Run(path).plan(), Run(tmp_path / "two" / "task.yaml").plan()
+    assert [call.key for call in one.calls] == [call.key for call in two.calls]
+    more_rows(tmp_path / "two" / "unlabelled.parquet", 24, "other")
+    assert Run(tmp_path / "two" / "task.yaml").plan().release.key != one.release.key
+
+
+def test_conflicting_labels_of_one_text_are_refused(tiny_task: MakeTask) -> None:
+    path = tiny_task()
+    labelled = pq.read_table(path.parent / "labelled.parquet").to_pylist()
+    labelled.append({**labelled[0], "key": "again", "label": "bad"})
+    pq.write_table(pa.Table.from_pylist(labelled), path.parent / "labelled.parquet")
+    with pytest.raises(InputError, match="rows 0 and 8 hold the same text with different labels"):
+        Run(path)()
+
+
+def test_bad_rows_are_set_aside_when_asked(tiny_task: MakeTask) -> None:
+    path = tiny_task(changes={"inputs": {"on_bad_rows": "quarantine"}})
+    rows = pq.read_table(path.parent / "unlabelled.parquet").to_pylist()
+    rows[3]["text"], rows[9]["text"] = None, "  "
+    pq.write_table(pa.Table.from_pylist(rows), path.parent / "unlabelled.parquet")
+    with pytest.raises(InputError, match="row 3 has no text"):
+        Run(path)("inputs.on_bad_rows=fail")
+    run = Run(path)
+    run()
+    assert len(run.rows("rest")) + len(run.rows("review")) == 22
+    assert json.loads((run.version / "metrics.json").read_text())["summary"]["quarantined"] == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("inputs.text=body", "names the column 'text', which is not among inputs.text"),
+        ("inputs.unlabelled=none-*.parquet", "no file matches 'none-\\*.parquet'"),
+        ("inputs.id=number", "there is no column 'number'"),
+        ("labels={good: [good], poor: [bad]}", "unknown labels: 'bad'"),
+        ("labels={good: [good], bad: [Good]}", "'Good' is shared by 'bad' and 'good'"),
+        ("inputs.carry=[label]", "a release has a column 'label' of its own"),
+        ("base_model=nowhere", "there is no base model 'nowhere'"),
+        ("training.max_length=8", "tokens that the model reads"),
+    ],
+)
+def test_mistakes_are_told_before_any_stage(run: Run, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run.plan(override)
+    assert not (run.store.root / "ingest").exists()
+
+
+def test_version_that_was_published_stays_when_another_follows(run: Run) -> None:
+    run()
+    first, content = run.version, run.bytes()
+    run("release.review_budget=2")
+    assert first.is_dir()
+    assert (run.out / "LATEST").read_text().strip() == run.version.name != first.name
+    run()  # back to the first inputs: the first version again, not a third
+    assert run.version == first
+    assert run.bytes() == content
+    assert (run.out / "LATEST").read_text().strip() == first.name

@@ -1,0 +1,270 @@
+"""The task file: what it means, and what is told of its mistakes."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.errors import InputError
+from pipeline.task import PRESETS, Task
+
+SMALLEST = """\
+labels: {good: [great, good], bad: awful}
+inputs:
+  unlabelled: rows.parquet
+annotators: ["{text} It was {mask}."]
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write a task file: ``write(text, "folder/task.yaml")``."""
+
+    def write(text: str = SMALLEST, name: str = "reviews/task.yaml") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        return path
+
+    return write
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        Task.load(path, overrides)
+    return str(caught.value)
+
+
+def test_the_smallest_task_needs_labels_files_and_a_pattern(write: Callable[..., Path]) -> None:
+    task = Task.load(write())
+    assert task.name == "reviews"  # the folder's, since the file is called task.yaml
+    assert task.label_names == ["good", "bad"]
+    assert task.labels == {"good": ["great", "good"], "bad": ["awful"]}
+    assert task.inputs.unlabelled == ["rows.parquet"]
+    assert task.inputs.text == ["text"]
+    assert [annotator.pattern for annotator in task.annotators] == ["{text} It was {mask}."]
+
+
+def test_a_file_with_a_name_of_its_own_names_the_task(write: Callable[..., Path]) -> None:
+    assert Task.load(write(name="moods.yaml")).name == "moods"
+
+
+@pytest.mark.parametrize(
+    ("extra", "key", "nearest", "line"),
+    [
+        ("trainig: {steps: 3}", "trainig", "training", 5),
+        ("training:\n  steps: 3\n  learning_rat: 0.1", "training.learning_rat", "learning_rate", 7),
+        ("student: {temprature: 3}", "student.temprature", "temperature", 5),
+        ("relase:\n  path: out", "relase", "release", 5),
+        ("ensemble:\n  wieghts: uniform", "ensemble.wieghts", "weights", 6),
+    ],
+)
+def test_an_unknown_key_is_told_with_its_line_and_the_nearest_known_key(
+    extra: str, key: str, nearest: str, line: int, write: Callable[..., Path]
+) -> None:
+    path = write(SMALLEST + extra + "\n")
+    told = refusal(path)
+    assert f"{path}:{line}: unknown key {key!r}; the nearest known key is {nearest!r}" in told
+
+
+def test_an_unknown_key_inside_inputs_and_in_an_annotator_is_found(write: Callable[..., Path]) -> None:
+    path = write("""\
+        labels: {good: great, bad: awful}
+        inputs:
+          unlabelled: rows.parquet
+          labeled: few.parquet
+        annotators:
+          - "{text} It was {mask}."
+          - pattern: "{mask}: {text}"
+            seed: 3
+        """)
+    told = refusal(path)
+    assert f"{path}:4: unknown key 'inputs.labeled'; the nearest known key is 'labelled'" in told
+    assert f"{path}:8: unknown key 'annotators.1.seed'; the nearest known key is 'seeds'" in told
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_line(write: Callable[..., Path]) -> None:
+    path = write("""\
+        labels: {good: great}
+        inputs:
+          text: body
+          on_bad_rows: ignore
+        annotators: ["{text} It was {mask}", "{text} is it", "{mask} {mask} {text}"]
+        training:
+          steps: many
+          max_length: 4
+        surprise: 1
+        """)
+    told = refusal(path)
+    for line, what in (
+        (1, "labels: give at least two labels"),
+        (2, "inputs.unlabelled: is missing"),
+        (4, "inputs.on_bad_rows"),
+        (5, "annotators.1.pattern: the pattern '{text} is it' has no {mask}"),
+        (5, "annotators.2.pattern: the pattern '{mask} {mask} {text}' has {mask} more than once"),
+        (7, "training.steps"),
+        (8, "training.max_length"),
+        (9, "unknown key 'surprise'"),
+    ):
+        assert any(row.startswith(f"{path}:{line}: {what}") for row in told.splitlines()), (line, what, told)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"labels": {"good": "great", "bad": None}}, "the label 'bad' has no word"),
+        ({"labels": {"good": "great", "bad": []}}, "the label 'bad' has no word"),
+        ({"labels": {True: "great", "bad": "awful"}}, "the label True is not text"),
+        ({"annotators": []}, "annotators"),
+        ({"annotators": ["{body} {mask}"]}, "names the column 'body', which is not among inputs.text"),
+        (
+            {"annotators": [{"pattern": "{text} {mask}", "words": {"good": "nice"}}]},
+            "differ at 'bad'",
+        ),
+        (
+            {"annotators": [{"pattern": "{text} {mask}", "name": "a"}, {"pattern": "{mask} {text}", "name": "a"}]},
+            "two annotators are called 'a'",
+        ),
+        ({"name": "../../etc"}, "name"),
+        ({"training": {"dtype": "float16"}}, "training.dtype"),
+        ({"inputs": {"unlabelled": []}}, "inputs.unlabelled"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(
+    change: dict[str, object], told: str, write: Callable[..., Path]
+) -> None:
+    assert told in refusal(write(yaml.safe_dump({**yaml.safe_load(SMALLEST), **change})))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("labels: [", "this is not YAML"), ("- a\n- b\n", "is a mapping"), ("", "is a mapping"), ("just words", "mapping")],
+)
+def test_a_file_that_is_no_task_is_refused(text: str, told: str, write: Callable[..., Path]) -> None:
+    assert told in refusal(write(text))
+
+
+def test_yaml_that_asks_for_python_objects_is_refused(write: Callable[..., Path]) -> None:
+    assert "this is not YAML" in refusal(write(SMALLEST + "name: !!python/object/apply:os.getcwd []\n"))
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
+    assert "clozeline init" in refusal(tmp_path / "nothing.yaml")
+
+
+def test_root_is_no_key_of_the_file(write: Callable[..., Path]) -> None:
+    assert "unknown key 'root'" in refusal(write(SMALLEST + "root: /\n"))
+
+
+# ---- paths ---------------------------------------------------------------------------------------------
+
+
+def test_paths_are_relative_to_the_file_wherever_it_is_read_from(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = write()
+    (path.parent / "rows.parquet").touch()
+    assert Task.load(path).unlabelled_files() == [path.parent / "rows.parquet"]
+    monkeypatch.chdir(tmp_path)
+    files = Task.load("reviews/task.yaml").unlabelled_files()
+    assert [file.resolve() for file in files] == [path.parent / "rows.parquet"]
+
+
+def test_an_absolute_path_stays_as_it_is(write: Callable[..., Path], tmp_path: Path) -> None:
+    assert Task.load(write()).path(str(tmp_path / "far.parquet")) == tmp_path / "far.parquet"
+
+
+def test_globs_give_each_file_once_in_order(write: Callable[..., Path]) -> None:
+    path = write(SMALLEST.replace("rows.parquet", '["b-*.parquet", "*.parquet", "deep/**/*.parquet"]'))
+    for name in ("b-2.parquet", "b-1.parquet", "a.parquet", "deep/er/c.parquet"):
+        (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / name).touch()
+    files = [file.relative_to(path.parent).as_posix() for file in Task.load(path).unlabelled_files()]
+    assert files == ["b-1.parquet", "b-2.parquet", "a.parquet", "deep/er/c.parquet"]
+
+
+def test_a_glob_without_a_match_says_where_it_looked(write: Callable[..., Path]) -> None:
+    path = write()
+    with pytest.raises(InputError, match=r"no file matches 'rows\.parquet'") as caught:
+        Task.load(path).unlabelled_files()
+    assert str(path.parent.resolve()) in str(caught.value)
+
+
+# ---- settings given beside the file --------------------------------------------------------------------
+
+
+def test_overrides_win_over_the_file_and_are_yaml(write: Callable[..., Path]) -> None:
+    path = write(SMALLEST + "training: {steps: 5}\n")
+    task = Task.load(
+        path,
+        ["training.steps=7", "inputs.carry=[a, b]", "labels.good=nice", "name=other", "release.path=null"],
+    )
+    assert task.training.steps == 7
+    assert task.inputs.carry == ["a", "b"]
+    assert task.labels["good"] == ["nice"]
+    assert task.name == "other"
+    assert task.release.path is None
+
+
+def test_an_override_reaches_into_a_list(write: Callable[..., Path]) -> None:
+    path = write(SMALLEST.replace('It was {mask}."]', '{mask}", {pattern: "{mask} {text}"}]'))
+    task = Task.load(path, ["annotators.1.seeds=3"])
+    assert [name for name, *_ in task.members()] == ["p0", "p1-s0", "p1-s1", "p1-s2"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.steps",
+        "=3",
+        "training..steps=3",
+        "labels.good.x=3",
+        "annotators.4=x",
+        "annotators.9.seeds=2",
+        "annotators.first=x",
+        "training.steps=[",
+        "name.x=1",
+    ],
+)
+def test_an_override_that_leads_nowhere_is_refused(override: str, write: Callable[..., Path]) -> None:
+    path = write(SMALLEST + "name: moods\n")
+    assert "--set" in refusal(path, override)
+
+
+def test_an_override_with_an_unknown_key_names_the_nearest(write: Callable[..., Path]) -> None:
+    assert "the nearest known key is 'steps'" in refusal(write(), "training.step=3")
+
+
+# ---- what follows from a task --------------------------------------------------------------------------
+
+
+def test_the_embedded_model_takes_the_quick_preset_and_any_other_the_papers(write: Callable[..., Path]) -> None:
+    path = write()
+    assert Task.load(path).preset == "quick"
+    assert Task.load(path, ["base_model=./mine"]).preset == "paper"
+    assert Task.load(path, ["training.preset=paper"]).preset == "paper"
+
+
+def test_a_setting_in_the_file_wins_over_the_preset(write: Callable[..., Path]) -> None:
+    task = Task.load(write(), ["training.preset=paper", "training.steps=0", "training.mlm_alpha=0.5"])
+    training = task.resolved("training")
+    assert training["steps"] == 0
+    assert training["mlm_alpha"] == 0.5
+    assert training["batch_size"] == 4
+    assert task.resolved("student")["steps"] == 5000
+    assert all(training[key] is not None for key in PRESETS["paper"]["training"])
+
+
+def test_an_annotator_may_have_words_of_its_own_in_the_tasks_order(write: Callable[..., Path]) -> None:
+    task = Task.load(write(), ['annotators=[{pattern: "{text} {mask}", words: {bad: [nay], good: "yes!"}}]'])
+    assert list(task.words_of(task.annotators[0]).items()) == [("good", ["yes!"]), ("bad", ["nay"])]
+
+
+def test_the_student_reads_the_text_columns_joined_unless_told_otherwise(write: Callable[..., Path]) -> None:
+    path = write()
+    assert Task.load(path, ["inputs.text=[text, title]"]).student_template == "{text} {title}"
+    assert Task.load(path, ["student.template='{text}!'"]).student_template == "{text}!"
