@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from prefect import flow
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.runtime import flow_run
 from prefect.settings import PREFECT_RESULTS_LOCAL_STORAGE_PATH, temporary_settings
 from pydantic import Field
 
@@ -30,7 +31,13 @@ def plan_of(task: Task, out: str | None) -> Plan:
     return build_plan(task, base, latest_manifest(release_path(task, out)))
 
 
-@flow(name="label", flow_run_name="label {task}", description=__doc__)
+def _run_name() -> str:
+    """The run is called after the task file, or after its directory where that is all that tells."""
+    path = Path(flow_run.parameters["task"])
+    return f"label {path.stem if path.stem != 'task' else path.absolute().parent.name}"
+
+
+@flow(name="label", flow_run_name=_run_name, description=__doc__)
 def label(
     task: Annotated[str, Field(description="The task file; a relative path starts from CLOZELINE_HOME")],
     out: Annotated[str | None, Field(description="The release directory; by default what the task says")] = None,
@@ -79,12 +86,33 @@ def label(
         **artifact.meta,
         "release": str(published.path),
         "new": published.new,
-        "warnings": [*warnings, *plan.warnings],
+        "warnings": [*warnings, *_left_out(plan, store)],
         "executed": executed,
         "seconds": seconds,
     }
     _draw(summary, published)
     return summary
+
+
+def _left_out(plan: Plan, store: Store) -> list[str]:
+    """What was dropped on the way, said aloud."""
+    told = []
+    [prepare] = plan.find("prepare")
+    found = store.find(prepare.stage, prepare.key)
+    meta = found.meta if found else {}
+    if meta.get("labelled_in_pool"):
+        told.append(f"{meta['labelled_in_pool']} unlabelled rows hold a labelled text and were left out")
+    if meta.get("labelled_in_test"):
+        told.append(f"{meta['labelled_in_test']} test rows hold a labelled text and were left out")
+    for call in plan.find("ingest"):
+        ingested = store.find(call.stage, call.key)
+        if ingested and ingested.meta["quarantined"]:
+            told.append(
+                f"{ingested.meta['quarantined']} rows of {call.label} have no text: {ingested.path}/quarantine.parquet"
+            )
+        if ingested and ingested.meta.get("dropped"):
+            told.append(f"{ingested.meta['dropped']} rows of {call.label} repeat a labelled text and were dropped")
+    return told
 
 
 def _draw(summary: dict[str, Any], published: Published) -> None:

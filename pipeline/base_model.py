@@ -13,6 +13,7 @@ from pipeline.errors import InputError
 from pipeline.store import sha256_of
 
 EMBEDDED = "embedded"
+_POSITIONS_FROM_2 = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text"}
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
 
@@ -37,7 +38,7 @@ class BaseModel:
         """The most tokens it reads, special tokens included."""
         limit = int(self.config.get("max_position_embeddings", 512))
         # RoBERTa counts positions from padding_idx + 1, so that two of them are never used.
-        return limit - 2 if self.config.get("model_type") in {"roberta", "xlm-roberta", "camembert"} else limit
+        return limit - 2 if self.config.get("model_type") in _POSITIONS_FROM_2 else limit
 
     @property
     def encoder_parameters(self) -> int:

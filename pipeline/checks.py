@@ -37,6 +37,8 @@ def check_task(task: Task) -> list[str]:
         base = None
     if base is not None:
         _patterns(task, base, problems, warnings)
+        if base.name != EMBEDDED:
+            _masked_lm_head(base, problems)
     _columns(task, problems)
     _files(task, problems, warnings)
     free = shutil.disk_usage(_existing(Settings().store_path)).free
@@ -101,6 +103,30 @@ def _patterns(task: Task, base: BaseModel, problems: list[InputError], warnings:
                 raise InputError(f"student.template names {column!r}, which is not among inputs.text", where="student")
     except InputError as error:
         problems.append(error)
+
+
+def _masked_lm_head(base: BaseModel, problems: list[InputError]) -> None:
+    """A head whose weights are not in the file would be made up at random, and so would every label."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        _, report = transformers.AutoModelForMaskedLM.from_pretrained(base.path, output_loading_info=True)
+    except (ValueError, OSError) as error:
+        problems.append(InputError(f"can't load the base model: {error}", where=f"base_model: {base.name}"))
+        return
+    finally:
+        transformers.logging.set_verbosity(level)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        problems.append(
+            InputError(
+                f"the base model's masked-LM head is not in its file: {', '.join(missing[:3])}",
+                where=f"base_model: {base.name}",
+                fix="choose a model that was saved with its masked-LM head",
+            )
+        )
 
 
 def _columns(task: Task, problems: list[InputError]) -> None:

@@ -104,12 +104,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages of a run, each after what it needs; the last is the release."""
+    """All stages of a run, each after what it needs; the last is the release.
+
+    Attributes:
+        calls: the stages.
+        profile: the numeric profile.
+        rows: the unlabelled rows, as the files' footers count them.
+    """
 
     calls: list[Call]
     profile: Mapping[str, str]
     rows: int
-    warnings: list[str]
 
     @property
     def release(self) -> Call:
@@ -151,7 +156,6 @@ class _Planner:
         self.profile = numeric_profile(self.training["dtype"])
         self.labels = task.label_names
         self.calls: dict[str, Call] = {}
-        self.warnings: list[str] = []
 
     def add(self, call: Call) -> Call:
         return self.calls.setdefault(call.key, call)
@@ -294,7 +298,7 @@ class _Planner:
             },
         )
         self.add(release)
-        return Plan(list(self.calls.values()), self.profile, sum(rows.values()), self.warnings)
+        return Plan(list(self.calls.values()), self.profile, sum(rows.values()))
 
     def settings(self) -> dict[str, Any]:
         """The task as it was resolved, without paths: for the manifest and the card."""

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from pipeline import tables
 from pipeline.ensemble import disagreement, margin
 from pipeline.errors import InputError
+from pipeline.exports import export_queue
 from pipeline.prepare import renames_of
 from pipeline.report import dataset_card, html_report
 from pipeline.routing import ROUTES, priorities, reasons
@@ -113,6 +114,11 @@ def write_release(
     (version / "metrics.json").write_text(json.dumps({**metrics, "summary": summary}, indent=1, sort_keys=True))
     (version / "README.md").write_text(dataset_card(spec, summary, metrics), encoding="utf-8")
     (version / "report.html").write_text(html_report(spec, summary, metrics), encoding="utf-8")
+    if counts.get("review"):
+        (version / "exports").mkdir()
+        queue = pq.read_table(writer.file("review")).to_pylist()
+        for name, content in export_queue(queue, spec["labels"], spec["text"], key[:8]).items():
+            (version / "exports" / name).write_text(content, encoding="utf-8")
     files = {
         str(path.relative_to(version)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(version.rglob("*"))
@@ -248,7 +254,8 @@ class _Writer:
             yield start, batch, from_lists(scored.column(0))
             start += batch.num_rows
 
-    def _file(self, split: str, number: int = 0, files: int = 1) -> Path:
+    def file(self, split: str, number: int = 0, files: int = 1) -> Path:
+        """Where a file of a split lies."""
         return self.data / f"{split}-{number:05d}-of-{files:05d}.parquet"
 
     def review(self) -> int:
@@ -271,7 +278,7 @@ class _Writer:
             column = _cast(self.queue.column(name), self.schema.field(name).type)
             table = table.set_column(table.schema.get_field_index(name), self.schema.field(name), column)
         table = self._routed(table, "review")
-        tables.write_table(self._file("review"), table)
+        tables.write_table(self.file("review"), table)
         return int(table.num_rows)
 
     def _routed(self, table: Any, route: str) -> Any:
@@ -286,7 +293,7 @@ class _Writer:
         if expected == 0:
             return 0
         number, inside, done = 0, 0, 0
-        writer = pq.ParquetWriter(self._file("rest", 0, files), self.schema, compression="zstd", write_page_index=True)
+        writer = pq.ParquetWriter(self.file("rest", 0, files), self.schema, compression="zstd", write_page_index=True)
         try:
             for shard in range(len(self.shards)):
                 for start, batch, scores in self._labelled_batches(shard):
@@ -304,7 +311,7 @@ class _Writer:
                             writer.close()
                             number, inside = number + 1, 0
                             writer = pq.ParquetWriter(
-                                self._file("rest", number, files),
+                                self.file("rest", number, files),
                                 self.schema,
                                 compression="zstd",
                                 write_page_index=True,
@@ -322,7 +329,7 @@ class _Writer:
         columns["label"] = table.column("label")
         columns["label_name"] = pa.array([self.labels[i] for i in table.column("label").to_pylist()], pa.string())
         batch = self._routed(self._batch(columns, table.num_rows), "train")
-        tables.write_table(self._file("train"), pa.Table.from_batches([batch]))
+        tables.write_table(self.file("train"), pa.Table.from_batches([batch]))
         return int(table.num_rows)
 
 

@@ -160,9 +160,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Chosen by measuring on rows cut from train (docs/benchmarks.md, "Choosing the quick preset").
     "quick": {
         "training": {
-            "steps": 60,
+            "steps": 50,
             "batch_size": 16,
-            "learning_rate": 5e-5,
+            "learning_rate": 1e-4,
             "mlm_alpha": 0.0,
             "mlm_batch_size": 16,
             "max_length": 128,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,25 @@ settings.register_profile("clozeline", deadline=None, max_examples=50)
 settings.load_profile("clozeline")
 
 POSITIONS = 64
-GOOD = "good great fine lovely excellent brilliant superb charming warm fresh delicious friendly clean quick".split()
-BAD = "bad awful terrible poor dreadful horrible nasty rude dirty slow stale cold broken bland".split()
-THINGS = (
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+GOOD = _words("good great fine lovely excellent brilliant superb charming warm fresh delicious friendly clean quick")
+BAD = _words("bad awful terrible poor dreadful horrible nasty rude dirty slow stale cold broken bland")
+THINGS = _words(
     "food service room staff film book phone hotel meal coffee music story camera battery screen soup bread waiter "
     "kitchen garden window table chair letter parcel ticket train bus road city house door lamp bed bath tea cake"
-).split()
-GLUE = (
+)
+GLUE = _words(
     "the a an and or but it is was were be been this that these those we i you he she they our my your in on at of to "
-    "for with from by about very really quite so too not no yes all some any one two three new old big small long short "
-    "day night week year time place people man woman child friend family first last again always never often today "
-    "yesterday here there what which who when where why how up down out over under more less much many before after "
+    "for with from by about very really quite so too not no yes all some any one two three new old big small long "
+    "short day night week year time place people man woman child friend family first last again always never often "
+    "today yesterday here there what which who when where why how up down out over under more less much many before after "
     "question answer text review label positive negative neutral just only also then than as if because while"
-).split()
+)
 VOCABULARY = list(dict.fromkeys([*GOOD, *BAD, *THINGS, *GLUE]))
 
 
@@ -92,17 +98,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
-
-
-@pytest.fixture
-def single_thread() -> Iterator[None]:
-    """One thread for torch: a model this small is computed faster than threads are woken."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

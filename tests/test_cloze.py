@@ -20,8 +20,6 @@ from pipeline.template import Encoded, Encoder, Template
 from pipeline.verbalizer import Verbalizer
 from tests.conftest import BAD, GOOD, POSITIONS, sentence
 
-pytestmark = pytest.mark.usefixtures("single_thread")
-
 ROWS = 12
 EXACT = 1e-5
 PATTERNS = {"first": "{mask}: {text}", "middle": "{text} It was {mask} {other}", "last": "{text} {other} {mask}"}
@@ -49,7 +47,9 @@ def texts(seed: int = 0) -> dict[str, list[str]]:
 class Scene:
     """A scorer beside a plain model that was loaded apart from it, over the same rows."""
 
-    def __init__(self, path: Path, profile: Mapping[str, str], pattern: str, words: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self, path: Path, profile: Mapping[str, str], pattern: str, words: Mapping[str, Sequence[str]]
+    ) -> None:
         tokenizer = load_tokenizer(path)
         encoder = Encoder(tokenizer, POSITIONS)
         self.verbalizer = Verbalizer.resolve(words, tokenizer)
@@ -180,7 +180,9 @@ def test_scores_of_a_row_do_not_depend_on_its_company(scene: Callable[[str, str]
     together = given.scorer.score(given.encoded)
     inputs = given.encoded[1]
     for row in (0, 3, 5):
-        alone = Encoded([inputs.input_ids[row]], inputs.mask_at[[row]], [inputs.pattern_at[row]], inputs.shortened[[row]])
+        alone = Encoded(
+            [inputs.input_ids[row]], inputs.mask_at[[row]], [inputs.pattern_at[row]], inputs.shortened[[row]]
+        )
         assert np.abs(given.scorer.score({1: alone})[0] - together[row]).max() < EXACT
 
 
@@ -267,7 +269,11 @@ def test_a_delta_brings_back_what_training_changed_and_holds_nothing_else(
 ) -> None:
     given, fresh = (scene("middle", "several words a label") for _ in range(2))
     before = given.scorer.score(given.encoded)
-    changed = {"bert.encoder.layer.1.output.dense.weight", "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"}
+    changed = {
+        "bert.encoder.layer.1.output.dense.weight",
+        "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.bias",
+    }
     parameters = dict(given.model.model.named_parameters())
     with torch.no_grad():
         for name in changed:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.cross_validation import stratified_folds
 
@@ -14,9 +15,7 @@ label_lists = st.lists(st.integers(0, 4), min_size=2, max_size=60).filter(
 
 
 @given(label_lists, st.integers(2, 10), st.integers(0, 2**40))
-def test_each_label_is_spread_evenly_and_left_in_every_training_part(
-    labels: list[int], folds: int, seed: int
-) -> None:
+def test_each_label_is_spread_evenly_and_left_in_every_training_part(labels: list[int], folds: int, seed: int) -> None:
     given = np.array(labels)
     assigned = stratified_folds(given, folds, seed)
     assert assigned is not None

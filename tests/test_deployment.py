@@ -102,7 +102,9 @@ def test_deployment_run_on_a_process_pool_publishes_a_release(
         path = tiny_task()
         (tmp_path / "home").mkdir(exist_ok=True)
         relative = os.path.relpath(path, tmp_path / "home")  # as a deployment's parameter: from CLOZELINE_HOME
-        prefect("deployment", "run", "label/default", "--param", f"task={relative}", "--watch", "--watch-timeout", "180")
+        prefect(
+            "deployment", "run", "label/default", "--param", f"task={relative}", "--watch", "--watch-timeout", "180"
+        )
     finally:
         os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()

@@ -172,7 +172,10 @@ def test_ctrl_c_stops_and_leaves_no_process(machine: Machine, tiny_task: MakeTas
 def test_wrong_input_exits_with_2_and_names_the_fix(machine: Machine, tiny_task: MakeTask) -> None:
     path = tiny_task()
     for arguments, message in [
-        (("run", str(path), "--set", "training.stepz=3"), "unknown key 'training.stepz'; the nearest known key is 'steps'"),
+        (
+            ("run", str(path), "--set", "training.stepz=3"),
+            "unknown key 'training.stepz'; the nearest known key is 'steps'",
+        ),
         (("check", str(path), "--set", "inputs.text=body"), "which is not among inputs.text"),
         (("run", str(path.parent / "none.yaml")), "`clozeline init` writes one"),
         (("predict", str(path.parent), "in.parquet", "out.parquet"), "neither a release nor a student"),

@@ -306,3 +306,16 @@ def test_version_that_was_published_stays_when_another_follows(run: Run) -> None
     assert run.version == first
     assert run.bytes() == content
     assert (run.out / "LATEST").read_text().strip() == first.name
+
+
+def test_base_model_whose_head_is_not_in_its_file_is_refused(
+    tiny_task: MakeTask, tiny_model: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    headless = tmp_path / "headless"
+    shutil.copytree(tiny_model, headless)
+    weights = {k: v for k, v in load_file(headless / "model.safetensors").items() if "transform" not in k}
+    save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="masked-LM head is not in its file"):
+        Run(tiny_task(changes={"base_model": str(headless)})).plan()

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, strategies as st
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from pipeline.errors import InputError, StoreDamaged
 from pipeline.store import MANIFEST, RUN, Store, canonical_json, key_of, sha256_of, write_atomically

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pipeline import tables
@@ -175,7 +176,9 @@ def test_rows_without_text_stop_the_run_unless_told_otherwise(
 
 
 def test_rows_without_text_are_set_aside_with_their_number_and_reason(out: Path, write_parquet: WriteParquet) -> None:
-    found = ingest(write_parquet({"text": BLANKS, "key": list("abcdef")}), ColumnRoles(("text",), "key"), out, quarantine=True)
+    found = ingest(
+        write_parquet({"text": BLANKS, "key": list("abcdef")}), ColumnRoles(("text",), "key"), out, quarantine=True
+    )
     assert texts_in(out) == ["good", "bad", "fine"]
     assert Rows(out).read().column("row_id").to_pylist() == ["a", "c", "f"]
     aside = pq.read_table(out / "quarantine.parquet").to_pylist()
@@ -247,7 +250,11 @@ def test_a_missing_id_is_told(refusal: Callable[..., str], write_parquet: WriteP
 
 
 def test_ids_of_any_type_become_text(out: Path, write_parquet: WriteParquet) -> None:
-    for keys in (pa.array([1, 22]), pa.array(["1", "22"]).dictionary_encode(), pa.array(["1", "22"], pa.large_string())):
+    for keys in (
+        pa.array([1, 22]),
+        pa.array(["1", "22"]).dictionary_encode(),
+        pa.array(["1", "22"], pa.large_string()),
+    ):
         ingest(write_parquet({"text": ["a", "b"], "key": keys}), ColumnRoles(("text",), "key"), out)
         assert Rows(out).read().column("row_id").to_pylist() == ["1", "22"]
 

@@ -142,7 +142,12 @@ def test_what_does_not_fit_together_is_refused(
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("labels: [", "this is not YAML"), ("- a\n- b\n", "is a mapping"), ("", "is a mapping"), ("just words", "mapping")],
+    [
+        ("labels: [", "this is not YAML"),
+        ("- a\n- b\n", "is a mapping"),
+        ("", "is a mapping"),
+        ("just words", "mapping"),
+    ],
 )
 def test_a_file_that_is_no_task_is_refused(text: str, told: str, write: Callable[..., Path]) -> None:
     assert told in refusal(write(text))
@@ -226,13 +231,23 @@ def test_an_override_reaches_into_a_list(write: Callable[..., Path]) -> None:
         "annotators.4=x",
         "annotators.9.seeds=2",
         "annotators.first=x",
-        "training.steps=[",
         "name.x=1",
     ],
 )
 def test_an_override_that_leads_nowhere_is_refused(override: str, write: Callable[..., Path]) -> None:
     path = write(SMALLEST + "name: moods\n")
     assert "--set" in refusal(path, override)
+
+
+def test_an_override_that_is_no_yaml_is_meant_as_it_stands(write: Callable[..., Path]) -> None:
+    task = Task.load(write(), ["annotators.0={mask}: {text}", "student.template={text} [{text}]"])
+    assert task.annotators[0].pattern == "{mask}: {text}"
+    assert task.student_template == "{text} [{text}]"
+
+
+def test_an_override_reaches_into_an_annotator_that_is_a_bare_pattern(write: Callable[..., Path]) -> None:
+    (annotator,) = Task.load(write(), ["annotators.0.seeds=2"]).annotators
+    assert (annotator.pattern, annotator.seeds) == ("{text} It was {mask}.", 2)
 
 
 def test_an_override_with_an_unknown_key_names_the_nearest(write: Callable[..., Path]) -> None:
