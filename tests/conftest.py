@@ -39,8 +39,8 @@ GLUE = _words(
     "the a an and or but it is was were be been this that these those we i you he she they our my your in on at of to "
     "for with from by about very really quite so too not no yes all some any one two three new old big small long "
     "short day night week year time place people man woman child friend family first last again always never often "
-    "today yesterday here there what which who when where why how up down out over under more less much many before after "
-    "question answer text review label positive negative neutral just only also then than as if because while"
+    "today yesterday here there what which who when where why how up down out over under more less much many before "
+    "after question answer text review label positive negative neutral just only also then than as if because while"
 )
 VOCABULARY = list(dict.fromkeys([*GOOD, *BAD, *THINGS, *GLUE]))
 
