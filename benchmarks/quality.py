@@ -51,6 +51,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `pipeline.worker`; read when torch is imported
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa

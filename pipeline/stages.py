@@ -7,6 +7,7 @@ Any stage can be run by hand, from the request that `pipeline.plan.Call.request`
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -193,6 +194,8 @@ def fit(job: Job) -> dict[str, Any]:
             rest = labelled.take(np.flatnonzero(folds != number))
             one = train(spec, rest, transfer, base, profile, seed_of(seed, "fold", number), part(number))
             scores[held] = one.log_probabilities(labelled.take(held).texts)
+            del one
+            gc.collect()  # models hold reference cycles: without this each fold's stays until a full round
         _write_scores(job.out / "cv.parquet", scores)
         meta["cv_accuracy"] = round(float((scores.argmax(axis=1) == labelled.labels).mean()), 6)
         meta["cv_folds"] = rounds - 1

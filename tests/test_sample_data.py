@@ -28,7 +28,7 @@ def labelled(task: Task) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def test_rows(task: Task) -> list[dict[str, str]]:
+def tested(task: Task) -> list[dict[str, str]]:
     return pq.read_table(task.path(task.inputs.test or "")).to_pylist()
 
 
@@ -38,29 +38,27 @@ def unlabelled(task: Task) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def messages(task: Task, labelled: list, test_rows: list, unlabelled: list) -> list[str]:  # type: ignore[type-arg]
+def messages(task: Task, labelled: list, tested: list, unlabelled: list) -> list[str]:  # type: ignore[type-arg]
     (column,) = task.inputs.text
-    return [row[column] for row in [*labelled, *test_rows, *unlabelled]]
+    return [row[column] for row in [*labelled, *tested, *unlabelled]]
 
 
 Rows = list[dict[str, str]]
 
 
 def test_the_files_have_the_rows_that_the_documentation_names(
-    task: Task, labelled: Rows, test_rows: Rows, unlabelled: Rows
+    task: Task, labelled: Rows, tested: Rows, unlabelled: Rows
 ) -> None:
     assert len(task.label_names) == 6
     assert len(labelled) == 48
-    assert len(test_rows) == 240
+    assert len(tested) == 240
     assert len(task.unlabelled_files()) == 2
     assert len(unlabelled) >= 900
     assert f"{len(unlabelled)} to label" in (FOLDER / "task.yaml").read_text()
 
 
-def test_each_label_has_rows_enough_to_be_cross_validated_and_tested(
-    task: Task, labelled: Rows, test_rows: Rows
-) -> None:
-    for rows, least in ((labelled, task.resolved("training")["folds"]), (test_rows, 15)):
+def test_each_label_has_rows_enough_to_be_cross_validated_and_tested(task: Task, labelled: Rows, tested: Rows) -> None:
+    for rows, least in ((labelled, task.resolved("training")["folds"]), (tested, 15)):
         counts = Counter(row["topic"] for row in rows)
         assert set(counts) == set(task.label_names)
         assert min(counts.values()) >= least
@@ -71,9 +69,9 @@ def test_unlabelled_rows_hold_no_label(unlabelled: Rows) -> None:
 
 
 def test_ids_are_unique_and_texts_are_distinct_and_not_blank(
-    labelled: Rows, test_rows: Rows, unlabelled: Rows, messages: list[str]
+    labelled: Rows, tested: Rows, unlabelled: Rows, messages: list[str]
 ) -> None:
-    ids = [row["ticket"] for row in [*labelled, *test_rows, *unlabelled] if "ticket" in row]
+    ids = [row["ticket"] for row in [*labelled, *tested, *unlabelled] if "ticket" in row]
     assert len(set(ids)) == len(ids)
     assert len({message.strip().lower() for message in messages}) == len(messages)
     assert all(message.strip() for message in messages)
@@ -111,10 +109,10 @@ def test_no_two_messages_share_half_of_their_phrases(messages: list[str]) -> Non
 
 
 @pytest.mark.parametrize("classifier", [MultinomialNB, ComplementNB])
-def test_counting_words_is_not_enough(classifier: type, task: Task, labelled: Rows, test_rows: Rows) -> None:
+def test_counting_words_is_not_enough(classifier: type, task: Task, labelled: Rows, tested: Rows) -> None:
     vectorizer = TfidfVectorizer()
     features = vectorizer.fit_transform([row["message"] for row in labelled])
     model = classifier().fit(features, [row["topic"] for row in labelled])
-    predicted = model.predict(vectorizer.transform([row["message"] for row in test_rows]))
-    accuracy = np.mean(predicted == np.array([row["topic"] for row in test_rows]))
+    predicted = model.predict(vectorizer.transform([row["message"] for row in tested]))
+    accuracy = np.mean(predicted == np.array([row["topic"] for row in tested]))
     assert 1 / 6 < accuracy < 0.75

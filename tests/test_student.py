@@ -78,15 +78,33 @@ def test_labelled_rows_alone_teach_too(base: Any, profile: Profile) -> None:
     assert (student.log_probabilities(texts).argmax(axis=1) == truth).mean() > 0.9
 
 
-def test_labelled_rows_have_a_say_beside_soft_labels(base: Any, profile: Profile) -> None:
-    texts, truth = rows(8)
-    told, lesson = {"text": ["the ticket was cold and slow."]}, np.array([2])
-    spec = {**SPEC, "steps": 40, "dropout": 0.0}
-    without, with_them = (
-        distill(spec, soft_labels(truth), texts, labelled, base, profile, seed=0)
-        for labelled in (NOTHING, Labelled(told, lesson))
-    )
-    assert with_them.log_probabilities(told)[0, 2] > without.log_probabilities(told)[0, 2] + 0.5
+ONE = {"text": ["the ticket was cold and slow."]}
+
+
+def settled(soft: list[float], labelled: Labelled, temperature: float, base: Any, profile: Profile) -> np.ndarray:
+    """The distribution at which training comes to rest when there is but one text."""
+    spec = {**SPEC, "steps": 200, "dropout": 0.0, "learning_rate": 2e-3, "temperature": temperature}
+    student = distill(spec, np.array([soft], np.float32), ONE, labelled, base, profile, seed=0)
+    return np.exp(student.log_probabilities(ONE)[0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+def test_the_temperature_is_in_the_loss_and_not_in_what_is_learnt(
+    temperature: float, base: Any, profile: Profile
+) -> None:
+    soft = [0.7, 0.2, 0.1]
+    assert settled(soft, NOTHING, temperature, base, profile) == pytest.approx(soft, abs=0.02)
+
+
+def test_beside_soft_labels_labelled_rows_count_as_a_batch_a_quarter_as_large(base: Any, profile: Profile) -> None:
+    lesson = Labelled(ONE, np.array([2]))
+    expected = (4 * np.array([0.9, 0.06, 0.04]) + 1 * np.array([0, 0, 1])) / 5
+    assert settled([0.9, 0.06, 0.04], lesson, 1.0, base, profile) == pytest.approx(expected, abs=0.02)
+
+
+def test_soft_labels_keep_their_weight_at_a_high_temperature(base: Any, profile: Profile) -> None:
+    # Soft targets' gradients shrink with the square of the temperature, which the loss makes good for.
+    assert settled([0.9, 0.06, 0.04], Labelled(ONE, np.array([2])), 8.0, base, profile)[0] > 0.6
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_ran_before(base: Any, profile: Profile, tmp_path: Path) -> None:

@@ -54,6 +54,17 @@ def test_spaces_around_a_word_do_not_matter(tokenizer: Any) -> None:
     assert Verbalizer.resolve(given, tokenizer).words[0].ids == Verbalizer.resolve(bare, tokenizer).words[0].ids
 
 
+def test_a_word_is_read_as_behind_a_space_where_the_tokenizer_marks_that(byte_level: Any) -> None:
+    verbalizer = Verbalizer.resolve({"good": ["good"], "bad": ["terrible"]}, byte_level)
+    tokens = [byte_level.convert_ids_to_tokens(list(word.ids)) for word in verbalizer.words]
+    assert tokens == [
+        ["\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}good"],
+        ["\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}terrible"],
+    ]
+    in_a_sentence = byte_level("It was good, not terrible.")["input_ids"]
+    assert all(word.ids[0] in in_a_sentence for word in verbalizer.words)
+
+
 def test_a_special_token_as_a_word_is_read_as_text(tokenizer: Any) -> None:
     ids = Verbalizer.resolve({"a": ["[MASK]"], "b": ["bad"]}, tokenizer).words[0].ids
     assert tokenizer.mask_token_id not in ids
