@@ -54,20 +54,18 @@ class ProgressBars:
         """A bar for the whole run."""
         self._all = self._progress.add_task("all stages", total=len(plan.calls))
 
-    def started(self, title: str) -> None:
+    def started(self, key: str, title: str) -> None:
         """A bar for the stage."""
-        self._bars[title] = self._progress.add_task(title, total=None)
+        self._bars[key] = self._progress.add_task(title, total=None)
 
-    def progressed(self, title: str, done: int, total: int) -> None:
+    def progressed(self, key: str, done: int, total: int) -> None:
         """Move the stage's bar."""
-        self._progress.update(self._bars[title], completed=done, total=total)
+        self._progress.update(self._bars[key], completed=done, total=total)
 
-    def built(self, title: str, seconds: float) -> None:
+    def built(self, key: str, title: str, seconds: float) -> None:
         """Take the stage's bar away and leave a line."""
-        self._progress.remove_task(self._bars.pop(title))
-        self._progress.console.print(
-            f"[green]✓[/] {escape(title)} [dim]{human_seconds(seconds)}[/]", highlight=False, soft_wrap=True
-        )
+        self._progress.remove_task(self._bars.pop(key))
+        self._progress.console.print(f"[green]✓[/] {escape(title)} [dim]{human_seconds(seconds)}[/]", highlight=False)
 
     def finished(self, title: str) -> None:
         """Move the run's bar."""

@@ -47,9 +47,8 @@ def _key(context: Any, parameters: Mapping[str, Any]) -> str:
 
 
 def _transient(task: Any, task_run: Any, state: Any) -> bool:
-    """Only a lost process may go better next time, and not when it was lost to the run's own end."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, StageLost) and not any(processes.closed for processes in _processes.values())
+    """Only a lost process may go better next time; one that the run itself stopped is no loss."""
+    return isinstance(state.result(raise_on_failure=False), StageLost)
 
 
 @task(
@@ -70,17 +69,17 @@ def stage_task(title: str, request: dict[str, Any], run: str) -> dict[str, Any]:
     if found is not None:  # no process, and no device, is held for what is there
         return {"stage": request["stage"], "key": request["key"], "seconds": found.seconds}
     with _processes[run].lease() as process:
-        watcher.started(title)
+        watcher.started(request["key"], title)
         report = _ProgressArtifact(title, request["key"])
 
         def progress(done: int, total: int) -> None:
-            watcher.progressed(title, done, total)
+            watcher.progressed(request["key"], done, total)
             report(done, total)
 
         result = process.run(request, progress)
+        watcher.built(request["key"], title, result["seconds"])
     if result["built"]:
         _executed[run].append(title)
-    watcher.built(title, result["seconds"])
     return {"stage": request["stage"], "key": request["key"], "seconds": result["seconds"]}
 
 

@@ -15,13 +15,13 @@ class Observer(Protocol):
     def planned(self, plan: Plan, to_build: list[Call]) -> None:
         """The plan stands."""
 
-    def started(self, title: str) -> None:
+    def started(self, key: str, title: str) -> None:
         """A stage began to run."""
 
-    def progressed(self, title: str, done: int, total: int) -> None:
+    def progressed(self, key: str, done: int, total: int) -> None:
         """A stage got on."""
 
-    def built(self, title: str, seconds: float) -> None:
+    def built(self, key: str, title: str, seconds: float) -> None:
         """A stage ran to its end."""
 
     def finished(self, title: str) -> None:
@@ -34,13 +34,13 @@ class Silent:
     def planned(self, plan: Plan, to_build: list[Call]) -> None:
         """Say nothing."""
 
-    def started(self, title: str) -> None:
+    def started(self, key: str, title: str) -> None:
         """Say nothing."""
 
-    def progressed(self, title: str, done: int, total: int) -> None:
+    def progressed(self, key: str, done: int, total: int) -> None:
         """Say nothing."""
 
-    def built(self, title: str, seconds: float) -> None:
+    def built(self, key: str, title: str, seconds: float) -> None:
         """Say nothing."""
 
     def finished(self, title: str) -> None:

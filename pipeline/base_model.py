@@ -104,8 +104,8 @@ def _describe(name: str, path: Path) -> BaseModel:
             fix="choose a model that was saved with one (…ForMaskedLM)",
         )
     digest = hashlib.sha256()
-    for file in [*weights, path / "config.json", path / "tokenizer.json"]:
-        digest.update(f"{file.name}:{sha256_of(file) if file.is_file() else ''}\n".encode())
+    for file in sorted({file for pattern in _FILES for file in path.glob(pattern)}):
+        digest.update(f"{file.name}:{sha256_of(file)}\n".encode())
     return BaseModel(name, path, digest.hexdigest()[:32], config)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+
 from pipeline import tables
 from pipeline.base_model import EMBEDDED, BaseModel, resolve_base_model
 from pipeline.errors import InputError
@@ -98,6 +100,8 @@ def _patterns(task: Task, base: BaseModel, problems: list[InputError], warnings:
             )
     try:
         template = Template.parse(task.student_template)
+        if template.has_mask:
+            raise InputError("student.template has a {mask}: the student is a plain classifier", where="student")
         for column in template.columns:
             if column not in task.inputs.text:
                 raise InputError(f"student.template names {column!r}, which is not among inputs.text", where="student")
@@ -139,6 +143,8 @@ def _columns(task: Task, problems: list[InputError]) -> None:
         for name in [*task.inputs.text, *task.inputs.carry]
         if name in OWN_COLUMNS
     )
+    if len(set(task.inputs.text)) < len(task.inputs.text):
+        problems.append(InputError("a text column is named twice", where="inputs.text", fix="name each once"))
     both = set(task.inputs.text) & set(task.inputs.carry)
     if both:
         problems.append(
@@ -160,6 +166,9 @@ def _files(task: Task, problems: list[InputError], warnings: list[str]) -> None:
             tables.check_columns(tables.open_parquet(file), roles, str(file))
         except InputError as error:
             problems.append(error)
+    if inputs.carry and files and not problems:
+        labelled = [task.path(given) for given in (inputs.labelled,) if given is not None]
+        _carried(inputs.carry, [*files, *(path for path in labelled if path.is_file())], problems)
     if files and not problems and sum(tables.open_parquet(file).metadata.num_rows for file in files) == 0:
         problems.append(InputError("the unlabelled files hold no row", where="inputs.unlabelled"))
     if files and not problems and task.base_model == EMBEDDED:
@@ -189,6 +198,35 @@ def _files(task: Task, problems: list[InputError], warnings: list[str]) -> None:
             problems.append(error)
     if inputs.labelled is None:
         warnings.append("no labelled rows: the annotators are used as they are (zero-shot)")
+
+
+def _carried(columns: list[str], files: list[Path], problems: list[InputError]) -> None:
+    """A carried column has one type in all files, and one that a release can hold."""
+    from datasets import Features
+
+    first: dict[str, tuple[pa.DataType, Path]] = {}
+    for file in files:
+        schema = tables.open_parquet(file).schema_arrow
+        for name in columns:
+            if name not in schema.names:
+                continue
+            kind = tables.plain_type(schema.field(name).type)
+            if name not in first:
+                first[name] = (kind, file)
+                try:
+                    Features.from_arrow_schema(pa.schema([(name, kind)]))
+                except (ValueError, NotImplementedError) as error:
+                    problems.append(
+                        InputError(f"can't carry the column {name!r} ({kind}) along: {error}", where=str(file))
+                    )
+            elif kind != first[name][0]:
+                problems.append(
+                    InputError(
+                        f"the column {name!r} holds {kind} here and {first[name][0]} in {first[name][1].name}",
+                        where=str(file),
+                        fix="write it with one type in all files, or leave it out of inputs.carry",
+                    )
+                )
 
 
 def _language(file: Path, columns: list[str], warnings: list[str]) -> None:

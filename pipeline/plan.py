@@ -34,9 +34,12 @@ STAGE_VERSIONS = {
     "evaluate": 1,
     "release": 1,
 }
+# Stages that read texts and labels of a file and nothing else of it: what is carried along, or how ids are made,
+# must not refit a model.
+_READ_TEXTS_ALONE = frozenset({"sample", "fit", "annotate", "blend", "distill", "label", "evaluate"})
 ON_DEVICE = frozenset({"fit", "annotate", "distill", "label"})
 # Floating-point operations a second that the stages reach, measured with the embedded model on two cores (bf16
-# in hardware and fp32); for a GPU a cautious guess that the estimate names as such.
+# in hardware and fp32); for a GPU a guess.
 _RATES: dict[tuple[str, str], float] = {
     ("cpu", "bfloat16"): 4.0e11,
     ("cpu", "float32"): 1.4e11,
@@ -57,6 +60,7 @@ class Call:
         where: locations (files, the base model's directory); never part of the key.
         label: what it is doing, for people.
         flops: floating-point operations expected, 0 for stages without a model.
+        texts: for a user's file, what its texts and labels depend on.
     """
 
     stage: str
@@ -65,6 +69,12 @@ class Call:
     where: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
     flops: float = 0.0
+    texts: Mapping[str, Any] | None = None
+
+    @cached_property
+    def text_key(self) -> str:
+        """The key of the texts (and labels) in it, whatever else it holds."""
+        return self.key if self.texts is None else key_of({"texts": self.texts})
 
     @cached_property
     def key(self) -> str:
@@ -74,7 +84,10 @@ class Call:
                 "stage": self.stage,
                 "version": STAGE_VERSIONS[self.stage],
                 "spec": self.spec,
-                "inputs": {name: call.key for name, call in self.inputs.items()},
+                "inputs": {
+                    name: call.text_key if self.stage in _READ_TEXTS_ALONE else call.key
+                    for name, call in self.inputs.items()
+                },
             }
         )
 
@@ -160,7 +173,7 @@ class _Planner:
     def add(self, call: Call) -> Call:
         return self.calls.setdefault(call.key, call)
 
-    def ingest(self, file: Path, *, labelled: bool, name: str) -> Call:
+    def ingest(self, file: Path, name: str, *, labelled: bool = False, distinct: bool = False) -> Call:
         inputs = self.task.inputs
         spec: dict[str, Any] = {
             "file": sha256_of(file),
@@ -170,26 +183,30 @@ class _Planner:
             "on_bad_rows": inputs.on_bad_rows,
         }
         if labelled:
-            spec |= {"label": inputs.label, "labels": self.labels}
-        return self.add(Call("ingest", spec, where={"file": str(file.absolute())}, label=name))
+            spec |= {"label": inputs.label, "labels": self.labels, "distinct": distinct}
+        texts = {key: value for key, value in spec.items() if key not in {"id", "carry", "on_bad_rows"}}
+        texts["version"] = STAGE_VERSIONS["ingest"]
+        return self.add(Call("ingest", spec, where={"file": str(file.absolute())}, label=name, texts=texts))
 
     def plan(self) -> Plan:
         task, inputs = self.task, self.task.inputs
         files = task.unlabelled_files()
         rows = {file: open_parquet(file).metadata.num_rows for file in files}
         characters = _mean_characters(files[0], inputs.text)
-        shards = [self.ingest(file, labelled=False, name=file.name) for file in files]
+        shards = [self.ingest(file, name) for file, name in zip(files, _short_names(files), strict=True)]
         sets: dict[str, Call] = {}
         for name, given in (("labelled", inputs.labelled), ("test", inputs.test)):
             if given is not None:
-                sets[name] = self.ingest(task.path(given), labelled=True, name=Path(given).name)
+                # A test set is taken as it is; of equal labelled rows one is enough, and two labels are a mistake.
+                distinct = name == "labelled"
+                sets[name] = self.ingest(task.path(given), Path(given).name, labelled=True, distinct=distinct)
         numbered = {f"shard:{i:06d}": shard for i, shard in enumerate(shards)}
         prepare = self.add(
             Call(
                 "prepare",
                 {"ids": inputs.id is not None},
                 {**numbered, **sets},
-                {"names": [f.name for f in files]},
+                {"names": _short_names(files)},
             )
         )
         sample = self.sample(shards, rows, files, sets)
@@ -220,7 +237,7 @@ class _Planner:
         blend = self.add(
             Call(
                 "blend",
-                {"ensemble": task.ensemble.model_dump(), "labels": self.labels, "members": list(members)},
+                {"ensemble": task.ensemble.model_dump(), "labels": self.labels},
                 {**scored, **fits, **{k: v for k, v in sets.items() if k == "labelled"}},
             )
         )
@@ -281,7 +298,8 @@ class _Planner:
                 "carry": inputs.carry,
                 "members": list(members),
                 "budget": budget,
-                "sampled_from": [call.key for name, call in sample.inputs.items() if name.startswith("shard:")],
+                "sampled_from": [call.text_key for name, call in sample.inputs.items() if name.startswith("shard:")],
+                "sampled_beside": {name: call.text_key for name, call in sets.items()},
                 "task": self.settings(),
             },
             {
@@ -320,25 +338,31 @@ class _Planner:
 
     def sample(self, shards: list[Call], rows: Mapping[Path, int], files: list[Path], sets: Mapping[str, Call]) -> Call:
         """The transfer set: frozen once drawn, drawn again when the labels change or the pool has grown."""
-        counts = {shard.key: rows[file] for shard, file in zip(shards, files, strict=True)}
-        by_key = {shard.key: shard for shard in shards}
-        drawn = (self.previous or {}).get("sampled_from", [])
+        counts = {shard.text_key: rows[file] for shard, file in zip(shards, files, strict=True)}
+        by_key = {shard.text_key: shard for shard in shards}
+        previous, growth = self.previous or {}, self.task.sample.refresh_growth
+        drawn = previous.get("sampled_from", [])
         keep = bool(drawn) and all(key in by_key for key in drawn)
-        if keep:
-            old = sum(counts[key] for key in drawn)
-            keep = sum(counts.values()) <= old * (1 + self.task.sample.refresh_growth)
+        keep = keep and previous["sampled_beside"] == {name: call.text_key for name, call in sets.items()}
+        if keep and growth is not None:
+            keep = sum(counts.values()) <= sum(counts[key] for key in drawn) * (1 + growth)
         source = [by_key[key] for key in drawn] if keep else list(by_key.values())
-        inputs = {f"shard:{i:06d}": shard for i, shard in enumerate(sorted(source, key=lambda call: call.key))}
+        source.sort(key=lambda call: call.text_key)
+        inputs = {f"shard:{i:06d}": shard for i, shard in enumerate(source)}
         cap = self.task.sample.rows_per_label * len(self.labels)
         return self.add(Call("sample", {"rows": cap}, {**inputs, **sets}, label="transfer set"))
 
     def members(self, sets: Mapping[str, Call], sample: Call, tokens: float) -> dict[str, Call]:
         """The ensemble: one fit a pattern and seed."""
         shared = {key: value for key, value in self.training.items() if key != "dtype"}
+        if "labelled" not in sets:  # nothing is trained, so that no setting of training changes a byte
+            shared |= {"steps": 0, "folds": 0, "batch_size": 1, "learning_rate": 0.0, "mlm_alpha": 0.0, "dropout": None}
+        if shared["mlm_alpha"] == 0:
+            shared["mlm_batch_size"] = 0
         inputs = {"sample": sample, **{k: v for k, v in sets.items() if k == "labelled"}}
         length = min(tokens + 10, self.training["max_length"])
         batch = shared["batch_size"] + (shared["mlm_batch_size"] if shared["mlm_alpha"] else 0)
-        steps = shared["steps"] * (1 + shared["folds"]) if "labelled" in sets else 0
+        steps = shared["steps"] * (1 + shared["folds"])
         fits = {}
         for name, annotator, seed in self.task.members():
             fits[name] = self.add(
@@ -361,6 +385,15 @@ class _Planner:
                 )
             )
         return fits
+
+
+def _short_names(files: list[Path]) -> list[str]:
+    """Names for people: the file's own, with as many of its directories as it takes to tell the files apart."""
+    for depth in range(1, 20):
+        names = ["/".join(file.parts[-depth:]) for file in files]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _mean_characters(file: Path, columns: list[str]) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +43,18 @@ def find_student(path: Path) -> Path:
     )
 
 
+def _footer(source: pa.Schema, added: Any) -> dict[bytes, bytes]:
+    """The source's footer with the names of the labels that are added, and of those that it had."""
+    from datasets import Features
+
+    footer = dict(source.metadata or {})
+    try:
+        features = Features({**Features.from_arrow_schema(source), **added})
+    except (ValueError, NotImplementedError):
+        return footer  # a column for which `datasets` has no feature: the names stand in predicted_name
+    return footer | dict(features.arrow_schema.metadata)
+
+
 def predict_file(
     student: Path, source: Path, target: Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> int:
@@ -60,7 +74,9 @@ def predict_file(
     """
     from datasets import ClassLabel, Features, List, Value
 
-    loaded = Student.load(find_student(student), numeric_profile())
+    directory = find_student(student)
+    settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+    loaded = Student.load(directory, numeric_profile(settings["dtype"]))
     file = tables.open_parquet(source)
     columns = loaded.template.columns
     tables.check_columns(file, ColumnRoles(columns), str(source))
@@ -74,10 +90,8 @@ def predict_file(
             "predicted_confidence": Value("float32"),
             "predicted_probs": List(Value("float32"), length=len(loaded.labels)),
         }
-    ).arrow_schema
-    schema = pa.schema(
-        [*file.schema_arrow, *added], metadata=added.metadata if not file.schema_arrow.metadata else None
     )
+    schema = pa.schema([*file.schema_arrow, *added.arrow_schema], metadata=_footer(file.schema_arrow, added))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     done, total = 0, file.metadata.num_rows

@@ -104,7 +104,7 @@ def write_release(
         "name": spec["name"],
         "rows": counts,
         "label_counts": dict(zip(spec["labels"], [int(count) for count in writer.label_counts], strict=True)),
-        "weights": inputs["blend"].meta["weights"],
+        "weights": dict(zip(spec["members"], inputs["blend"].meta["weights"], strict=True)),
         "best_annotator": metrics["best_annotator"],
         "test": _brief(metrics),
         "quarantined": sum(artifact.meta["quarantined"] for artifact in writer.shards),
@@ -133,6 +133,7 @@ def write_release(
         "files": files,
         "inputs": {name: list(_reference(artifact)) for name, artifact in inputs.items()},
         "sampled_from": spec["sampled_from"],
+        "sampled_beside": spec["sampled_beside"],
         "task": spec["task"],
         "environment": {
             "clozeline": package_version("clozeline"),
@@ -186,7 +187,7 @@ class _Writer:
         """The budget's rows among the candidates, most urgent first, with votes and disagreement."""
         candidates = Rows(self.inputs["route"].path).read()
         members = self.spec["members"]
-        weights = np.array([self.inputs["blend"].meta["weights"][name] for name in members])
+        weights = np.array(self.inputs["blend"].meta["weights"])
         scored = [self.inputs[name] for name in sorted(self.inputs) if name.startswith("annotate:")]
         scores = [from_lists(pq.read_table(artifact.path / "scores.parquet").column(0)) for artifact in scored]
         margins = candidates.column("margin").to_numpy()

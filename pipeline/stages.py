@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import tables
@@ -85,7 +86,7 @@ def ingest(job: Job) -> dict[str, Any]:
     found = tables.ingest(
         file, roles, job.out, label_names=spec.get("labels"), quarantine=spec["on_bad_rows"] == "quarantine"
     )
-    if "label" in spec:
+    if spec.get("distinct"):
         return {**vars(found), **_drop_repeated(job.out, str(file))}
     return dict(vars(found))
 
@@ -233,7 +234,7 @@ def blend_annotators(job: Job) -> dict[str, Any]:
     fits = job.all("fit")
     accuracies = [artifact.meta["cv_accuracy"] for artifact in fits]
     labelled = job.labelled()
-    settings, names = job.spec["ensemble"], job.spec["members"]
+    settings = job.spec["ensemble"]
     if settings["weights"] == "uniform":
         weights = np.full(len(fits), 1 / len(fits))
     else:
@@ -247,8 +248,8 @@ def blend_annotators(job: Job) -> dict[str, Any]:
     tables.write_table(job.out / "soft.parquet", table)
     shares = soft.mean(axis=0)
     return {
-        "weights": dict(zip(names, [round(float(weight), 6) for weight in weights], strict=True)),
-        "cv_accuracy": dict(zip(names, accuracies, strict=True)),
+        "weights": [round(float(weight), 6) for weight in weights],
+        "cv_accuracy": accuracies,
         "soft_shares": dict(zip(job.spec["labels"], [round(float(share), 6) for share in shares], strict=True)),
         "mean_disagreement": round(float(table.column("disagreement").to_numpy().mean()), 6),
     }
@@ -303,29 +304,37 @@ def route(job: Job) -> dict[str, Any]:
             for batch in pq.ParquetFile(scored.path / "scores.parquet").iter_batches(tables.BATCH_ROWS)
         ]
         values = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
-        mine = excluded.filter(pa.compute.equal(excluded.column("shard"), number)).column("row").to_numpy()
+        mine = excluded.filter(pc.equal(excluded.column("shard"), number)).column("row").to_numpy()
         values[mine] = np.inf
         margins.append(values)
-    offsets = np.cumsum([0, *(len(values) for values in margins)])
     flat = np.concatenate(margins)
+    open_rows = int(np.isfinite(flat).sum())
     want = CANDIDATES_PER_ROW * job.spec["budget"]
-    # Twice as many as wanted, since equal texts are reviewed once; more repeats than that leave the queue short.
-    best = lowest(flat, min(2 * want, int(np.isfinite(flat).sum())))
-    picked = []
+    # Equal texts are reviewed once: where they crowd the lowest margins, the window widens until it holds enough.
+    window = min(2 * want, open_rows)
+    while True:
+        table = _candidates(shards, margins, lowest(flat, window), want)
+        if table.num_rows == want or window == open_rows:
+            break
+        window = min(4 * window, open_rows)
+    tables.write_table(job.out / "rows.parquet", table)
+    return {"rows": table.num_rows}
+
+
+def _candidates(shards: list[Artifact], margins: list[Floats], best: np.ndarray, want: int) -> pa.Table:
+    """Rows given by their number over all shards: lowest margin first, each text once, at most ``want``."""
+    offsets = np.cumsum([0, *(len(values) for values in margins)])
+    picked = [_take(Rows(shards[0].path), np.zeros(0, dtype=np.int64), 0, margins[0])]
     for number, artifact in enumerate(shards):
         mine = best[(best >= offsets[number]) & (best < offsets[number + 1])]
         if len(mine):
             picked.append(_take(Rows(artifact.path), np.sort(mine - offsets[number]), number, margins[number]))
-    if not picked:
-        picked = [_take(Rows(shards[0].path), np.zeros(0, dtype=np.int64), 0, margins[0])]
-    table = pa.concat_tables(picked).sort_by(
-        [("margin", "ascending"), ("content_hash", "ascending"), ("shard", "ascending"), ("row", "ascending")]
-    )
-    seen: set[str] = set()
-    first = [i for i, h in enumerate(table.column("content_hash").to_pylist()) if not (h in seen or seen.add(h))]  # type: ignore[func-returns-value]
-    table = table.take(pa.array(first[:want], pa.int64()))
-    tables.write_table(job.out / "rows.parquet", table)
-    return {"rows": table.num_rows}
+    order = [(name, "ascending") for name in ("margin", "content_hash", "shard", "row")]
+    table = pa.concat_tables(picked).sort_by(order)
+    first: dict[str, int] = {}
+    for i, content in enumerate(table.column("content_hash").to_pylist()):
+        first.setdefault(content, i)
+    return table.take(pa.array(list(first.values())[:want], pa.int64()))
 
 
 def _take(rows: Rows, at: np.ndarray, shard: int, margins: Floats) -> pa.Table:
@@ -352,10 +361,9 @@ def evaluate(job: Job) -> dict[str, Any]:
     """Compare the annotators, their blends and the student: by cross-validation, and on the test file."""
     names, labels = job.spec["members"], job.spec["labels"]
     blended = job.inputs["blend"].meta
-    weights = np.array([blended["weights"][name] for name in names])
-    weights = weights / weights.sum()
+    weights = np.array(blended["weights"]) / sum(blended["weights"])
     uniform = np.full(len(names), 1 / len(names))
-    accuracies = blended["cv_accuracy"]
+    accuracies = dict(zip(names, blended["cv_accuracy"], strict=True))
     known = {name: accuracy for name, accuracy in accuracies.items() if accuracy is not None}
     chosen = max(known, key=lambda name: known[name]) if known else None
     metrics: dict[str, Any] = {"cross_validation": None, "test": None, "best_annotator": chosen}

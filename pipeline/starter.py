@@ -13,6 +13,7 @@ from pipeline.errors import InputError
 
 _SAMPLE_ROWS = 5000
 _MOST_LABELS = 100
+_LONGEST_ID = 64
 
 
 def starter_task(file: Path, unlabelled: str | None = None, relative_to: Path = Path(".")) -> str:
@@ -52,8 +53,16 @@ def starter_task(file: Path, unlabelled: str | None = None, relative_to: Path = 
             fix="write the texts as a string column",
         )
     rows = sample.num_rows
-    # An id comes from a column named like one, or is all distinct and short: two equal texts are no id.
-    unique = [n for n in columns if n != text and distinct[n] == rows and columns[n].null_count == 0]
+    # A title that happens to be distinct here is no id: an id is a number, or one short word.
+    unique = [
+        n
+        for n in columns
+        if n != text
+        and distinct[n] == rows
+        and columns[n].null_count == 0
+        and not pc.any(pc.match_substring_regex(columns[n], r"\s")).as_py()
+        and pc.max(pc.utf8_length(columns[n])).as_py() <= _LONGEST_ID
+    ]
     identifier = next((n for n in unique if "id" in n.lower()), unique[0] if unique else None)
     few = [n for n in columns if n not in (text, identifier) and 2 <= distinct[n] <= min(_MOST_LABELS, rows // 2)]
     named = [n for n in few if any(word in n.lower() for word in ("label", "class", "category", "topic", "target"))]
@@ -117,7 +126,7 @@ annotators:                      # one model is fine-tuned a pattern; two to fiv
 # base_model: embedded           # lower-case English; or a directory, or a hub name: roberta-large@REVISION
 # training:
 #   preset: quick                # or paper (Schick & Schütze 2021, table 5)
-#   steps: 60
+#   steps: 50
 #   learning_rate: 1.0e-4
 #   max_length: 128
 #   folds: 3                     # cross-validation; each fold costs one more fit

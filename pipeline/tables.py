@@ -93,8 +93,15 @@ def check_columns(file: pq.ParquetFile, roles: ColumnRoles, where: str) -> None:
                 where=where,
                 fix=f"the file has: {', '.join(schema.names)}; name the right one under inputs",
             )
+    for role, column in (("id", roles.id), ("label", roles.label)):
+        if column is not None and pa.types.is_nested(schema.field(column).type):
+            raise InputError(
+                f"the column {column!r} holds {schema.field(column).type}, which can't be an {role}",
+                where=where,
+                fix=f"name another column under inputs.{role}",
+            )
     for name in roles.text:
-        kind = _plain_type(schema.field(name).type)
+        kind = plain_type(schema.field(name).type)
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise InputError(
                 f"the column {name!r} holds {schema.field(name).type}, not text",
@@ -103,14 +110,14 @@ def check_columns(file: pq.ParquetFile, roles: ColumnRoles, where: str) -> None:
             )
 
 
-def _plain_type(kind: pa.DataType) -> pa.DataType:
+def plain_type(kind: pa.DataType) -> pa.DataType:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.string() if pa.types.is_string_view(kind) else kind  # Arrow can't filter views
 
 
 def _decoded(column: pa.Array) -> pa.Array:
     column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    return column.cast(_plain_type(column.type))
+    return column.cast(plain_type(column.type))
 
 
 def as_strings(column: pa.Array) -> pa.Array:
@@ -129,7 +136,7 @@ def rows_schema(roles: ColumnRoles, source: pa.Schema) -> pa.Schema:
     fields = [pa.field("row_id", pa.string()), pa.field("content_hash", pa.string())]
     fields += [pa.field(TEXT + name, pa.string()) for name in roles.text]
     # `datasets` has no feature for dictionaries, so that carried ones are decoded.
-    fields += [pa.field(CARRY + name, _plain_type(source.field(name).type)) for name in roles.carry]
+    fields += [pa.field(CARRY + name, plain_type(source.field(name).type)) for name in roles.carry]
     if roles.label is not None:
         fields.append(pa.field("label", pa.int64()))
     return pa.schema(fields)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -98,7 +100,7 @@ class Training(Section):
     mlm_batch_size: int | None = Field(None, ge=1, le=1024)
     max_length: int | None = Field(None, ge=8, le=8192)
     folds: int | None = Field(None, ge=0, le=20, description="cross-validation folds; each costs one more fit")
-    dropout: float | None = Field(None, ge=0, lt=1, description="None: what the base model came with")
+    dropout: float | None = Field(None, ge=0, lt=1, description="by default the preset's")
     freeze_embeddings: bool | None = Field(None, description="leave the word embeddings as they are")
     truncation: Literal["head", "tail"] = "head"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -117,8 +119,8 @@ class Sample(Section):
     """The transfer set: the unlabelled rows that the soft labels are made of."""
 
     rows_per_label: int = Field(10_000, ge=1)
-    refresh_growth: float = Field(
-        0.5, ge=0, description="draw it again when the pool has grown by more than this share"
+    refresh_growth: float | None = Field(
+        None, ge=0, description="draw it again when the pool has grown by more than this share; by default never"
     )
 
 
@@ -241,8 +243,10 @@ class Task(Section):
         """Each member of the ensemble: its name, its annotator and its seed."""
         for i, annotator in enumerate(self.annotators):
             base = annotator.name or f"p{i}"
-            for seed in range(annotator.seeds):
-                yield (base if annotator.seeds == 1 else f"{base}-s{seed}"), annotator, seed
+            # Without labelled rows nothing is trained, and models of different seeds are one and the same.
+            seeds = annotator.seeds if self.inputs.labelled is not None else 1
+            for seed in range(seeds):
+                yield (base if seeds == 1 else f"{base}-s{seed}"), annotator, seed
 
     def words_of(self, annotator: Annotator) -> dict[str, list[str]]:
         """The verbalizer's words in the labels' order."""
@@ -276,7 +280,9 @@ class Task(Section):
         """
         found: dict[Path, None] = {}
         for given in self.inputs.unlabelled:
-            matches = sorted(glob.glob(str(self.path(given)), recursive=True))
+            # The pattern alone is a glob: the task's own directory may have brackets in its name.
+            where = given if Path(given).is_absolute() else os.path.join(glob.escape(str(self.root)), given)
+            matches = sorted(glob.glob(where, recursive=True))
             if not matches:
                 raise InputError(
                     f"no file matches {given!r}",
@@ -314,7 +320,8 @@ class Task(Section):
             raise InputError("a task file is a mapping of keys to values", where=str(path))
         for override in overrides:
             _apply(raw, override)
-        raw.setdefault("name", path.stem if path.stem != "task" else path.resolve().parent.name)
+        fallback = path.stem if path.stem != "task" else path.resolve().parent.name
+        raw.setdefault("name", re.sub(r"[^A-Za-z0-9_-]+", "-", fallback).strip("-_")[:64] or "task")
         return cls.from_dict(raw, root=path.parent, where=str(path), node=node)
 
     @classmethod

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pipeline.errors import ClozelineError, InputError, StageFailed, StageLost
@@ -39,10 +39,11 @@ class StageProcess:
     def __init__(self, device: int | None = None) -> None:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         # Threads that spin while they wait starve whatever else runs on the machine, another worker above all:
-        # two fits side by side on two cores took five times as long as with threads that sleep. Alone, no cost.
+        # two fits side by side on two cores took five times as long as with threads that sleep.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        self._stopped = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.worker"],
@@ -70,31 +71,42 @@ class StageProcess:
             StageFailed: the stage failed.
             StageLost: the process went away.
         """
+        try:
+            return self._talk(request, progress)
+        except (InputError, StageFailed):
+            raise
+        except BaseException:
+            # Whatever came between, the rest of this stage's events must not be read as the next one's.
+            self._process.kill()
+            raise
+
+    def _talk(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        try:
+        with suppress(BrokenPipeError):
             stdin.write(json.dumps(request) + "\n")
             stdin.flush()
-            for line in stdout:
-                event = json.loads(line)
-                if event["event"] == "progress":
-                    progress(event["done"], event["total"])
-                elif event["event"] == "done":
-                    return dict(event["result"])
-                elif event["event"] == "input-error":
-                    raise InputError(event["problem"], where=event["where"], fix=event["fix"])
-                else:
-                    raise StageFailed(f"{request['title']} failed: {event['message']}\n{event['trace']}")
-        except (BrokenPipeError, ValueError):
-            pass
+        for line in stdout:
+            event = json.loads(line)
+            if event["event"] == "progress":
+                progress(event["done"], event["total"])
+            elif event["event"] == "done":
+                return dict(event["result"])
+            elif event["event"] == "input-error":
+                raise InputError(event["problem"], where=event["where"], fix=event["fix"])
+            else:
+                raise StageFailed(f"{request['title']} failed: {event['message']}\n{event['trace']}")
         code = self._process.wait()
+        if self._stopped:
+            raise ClozelineError(f"the run was stopped during {request['title']}")
         self._errors.seek(0)
         tail = self._errors.read().decode(errors="replace")[-2000:]
         raise StageLost(f"the process that ran {request['title']} went away (exit status {code})\n{tail}".rstrip())
 
     def stop(self) -> None:
         """End it at once."""
+        self._stopped = True
         self._process.kill()
         self._process.wait()
 

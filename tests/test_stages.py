@@ -112,10 +112,61 @@ def test_added_file_costs_no_fit_no_blend_and_no_distillation(tiny_task: MakeTas
 
 
 def test_pool_that_outgrows_the_transfer_set_draws_it_again(tiny_task: MakeTask) -> None:
-    run = Run(tiny_task(changes={"inputs": {"unlabelled": "unlabelled*.parquet"}}))
+    changes = {"inputs": {"unlabelled": "unlabelled*.parquet"}, "sample": {"refresh_growth": 0.5}}
+    run = Run(tiny_task(changes=changes))
     run()
     more_rows(run.path.parent / "unlabelled-2.parquet", 60, "added")
     assert {"sample", "fit", "distill"} <= stages_of(run())
+
+
+def test_changed_labels_draw_the_transfer_set_from_all_files(tiny_task: MakeTask) -> None:
+    run = Run(tiny_task(changes={"inputs": {"unlabelled": "unlabelled*.parquet"}}))
+    run()
+    more_rows(run.path.parent / "unlabelled-2.parquet", 8, "added")
+    assert "sample" not in stages_of(run())
+    labelled = pq.read_table(run.path.parent / "labelled.parquet")
+    pq.write_table(labelled.slice(0, 6), run.path.parent / "labelled.parquet")
+    assert {"sample", "fit"} <= stages_of(run())
+    [sample] = run.plan().find("sample")
+    found = run.store.find("sample", sample.key)
+    assert found is not None
+    assert found.meta["pool_rows"] == 24 + 8
+
+
+@pytest.mark.parametrize(
+    "override", ["inputs.carry=[]", "inputs.on_bad_rows=quarantine", "inputs.id=null", "training.mlm_batch_size=9"]
+)
+def test_what_no_model_sees_refits_no_model(run: Run, override: str) -> None:
+    run()
+    assert not {"sample", "fit", "blend", "distill", "label", "evaluate"} & stages_of(run(override))
+
+
+def test_crowd_of_equal_texts_does_not_starve_the_queue(tiny_task: MakeTask) -> None:
+    path = tiny_task(changes={"inputs": {"id": None}})
+    pool = pq.read_table(path.parent / "unlabelled.parquet")
+    crowd = pa.concat_tables([pool.slice(0, 1)] * 200)
+    pq.write_table(pa.concat_tables([crowd, pool]), path.parent / "unlabelled.parquet")
+    run = Run(path)
+    run()
+    assert len({row["text"] for row in run.rows("review")}) == 5
+
+
+def test_files_of_one_name_in_two_folders_are_told_apart(tiny_task: MakeTask) -> None:
+    path = tiny_task(changes={"inputs": {"unlabelled": "day=*/part.parquet"}})
+    for day in ("day=1", "day=2"):
+        (path.parent / day).mkdir()
+        more_rows(path.parent / day / "part.parquet", 8, day, seed=len(day) + int(day[-1]))
+    executed = Run(path)()
+    assert {"ingest day=1/part.parquet", "ingest day=2/part.parquet"} <= set(executed)
+
+
+def test_carried_column_of_two_types_is_refused_before_any_stage(tiny_task: MakeTask) -> None:
+    path = tiny_task(changes={"inputs": {"unlabelled": "unlabelled*.parquet"}})
+    table = pq.read_table(path.parent / "unlabelled.parquet")
+    numbers = table.set_column(2, "shop", pa.array(range(table.num_rows)))
+    pq.write_table(numbers, path.parent / "unlabelled-2.parquet")
+    with pytest.raises(InputError, match="'shop' holds"):
+        Run(path).plan()
 
 
 def test_release_setting_changes_no_model(run: Run) -> None:

@@ -26,7 +26,7 @@ from pipeline.training import epochs, prepare_for_few_steps, seed_of
 from pipeline.training import train as run_training
 from pipeline.verbalizer import Verbalizer
 
-PRIOR_ROWS = 256  # calibration: measured flat from 128 rows on
+PRIOR_ROWS = 256  # for calibration: a few hundred rows, as Hu et al. (2022) take
 _MLM_SHARE = 0.15  # of the text's tokens; of those 80 % masked, 10 % random, 10 % kept (Devlin et al. 2019)
 _SETTINGS = "annotator.json"
 
@@ -139,19 +139,20 @@ class _Masking:
     """Masked-language modelling on the transfer set, rendered in the annotator's pattern."""
 
     def __init__(self, annotator: PetAnnotator, transfer: Texts, batch_size: int, seed: int) -> None:
-        self.annotator = annotator
-        self.inputs = next(iter(annotator.encode(transfer).values()))
+        self.annotator, self.transfer = annotator, transfer
         self.random = np.random.default_rng(seed_of(seed, "mlm"))
-        self.rows_of_step = epochs(len(self.inputs), batch_size, seed_of(seed, "mlm rows"))
+        self.rows_of_step = epochs(len(next(iter(transfer.values()))), batch_size, seed_of(seed, "mlm rows"))
 
     def loss(self) -> torch.Tensor:
-        """The MLM loss of the next batch."""
+        """The MLM loss of the next batch; zero if no row of it has a token of its own."""
         rows = next(self.rows_of_step)
+        texts = {name: [column[i] for i in rows] for name, column in self.transfer.items()}
+        inputs = next(iter(self.annotator.encode(texts).values()))
         tokenizer, model = self.annotator.tokenizer, self.annotator.model
         masked, targets, at_row, at_column = [], [], [], []
-        for i, row in enumerate(rows):
-            ids = self.inputs.input_ids[row].copy()
-            open_to_masking = np.flatnonzero(~self.inputs.pattern_at[row])
+        for i in range(len(rows)):
+            ids = inputs.input_ids[i].copy()
+            open_to_masking = np.flatnonzero(~inputs.pattern_at[i])
             if len(open_to_masking) == 0:
                 masked.append(ids)
                 continue
@@ -166,6 +167,8 @@ class _Masking:
             swapped = chosen[fate >= 0.9]
             ids[swapped] = self.random.integers(0, len(tokenizer), len(swapped))
             masked.append(ids)
+        if not targets:
+            return torch.zeros((), device=model.device)
         ids_tensor, attention = pad(masked, tokenizer.pad_token_id, model.device)
         at = [torch.from_numpy(np.concatenate(part)).to(model.device) for part in (at_row, at_column, targets)]
         logits = model.logits_at(ids_tensor, attention, at[0], at[1])
