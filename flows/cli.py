@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pipeline.errors import ClozelineError, InputError
+from pipeline.metrics import METHODS
 from pipeline.plan import Call, Plan, human_seconds
 
 app = typer.Typer(
@@ -148,7 +149,7 @@ def _show_summary(summary: dict[str, Any]) -> None:
     out.print(table)
     total = max(sum(summary["label_counts"].values()), 1)
     table = Table("label", "rows", "share", title="labels given", title_justify="left")
-    for name, count in summary["label_counts"].items():
+    for name, count in sorted(summary["label_counts"].items(), key=lambda entry: -entry[1]):
         table.add_row(escape(name), f"{count:,}", _percent(count / total))
     out.print(table)
     if summary["test"]:
@@ -161,7 +162,8 @@ def _show_summary(summary: dict[str, Any]) -> None:
             title=f"on {rows:,} test rows",
             title_justify="left",
         )
-        for name, found in summary["test"].items():
+        for name in METHODS:
+            found = summary["test"][name]
             if found is None:
                 table.add_row(name, "-", "-", "-")
                 continue
@@ -172,7 +174,7 @@ def _show_summary(summary: dict[str, Any]) -> None:
             interval = f"{100 * found['accuracy_low']:.1f} to {100 * found['accuracy_high']:.1f} %"
             table.add_row(name, _percent(found["accuracy"]), interval, _percent(found["macro_f1"]))
         out.print(table)
-    table = Table("stage", "seconds", title="stages (what was cached: as when it was built)", title_justify="left")
+    table = Table("stage", "seconds", title="seconds a stage", title_justify="left")
     executed = {title.split()[0] for title in summary["executed"]}
     for stage, seconds in summary["seconds"].items():
         table.add_row(stage, f"{seconds:.1f}" if stage in executed else f"{seconds:.1f} [dim](cached)[/]")

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+# What a test file compares, in the order in which it is shown.
+METHODS = ("best annotator", "majority", "uniform", "weighted", "student", "oracle annotator")
 Ints = npt.NDArray[np.int64]
 
 

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pipeline.metrics import METHODS
+
 Cells = Sequence[object]
 
 
@@ -17,7 +19,8 @@ def _percent(value: float | None) -> str:
 def _methods(summary: Mapping[str, Any]) -> list[Cells]:
     """The rows of the table of methods on the test file."""
     rows: list[Cells] = []
-    for name, found in (summary["test"] or {}).items():
+    for name in METHODS if summary["test"] else ():
+        found = summary["test"][name]
         if found is None:
             rows.append([name, "-", "-", "-"])
             continue

@@ -129,7 +129,7 @@ annotators:                      # one model is fine-tuned a pattern; two to fiv
 #   steps: 50
 #   learning_rate: 1.0e-4
 #   max_length: 128
-#   folds: 3                     # cross-validation; each fold costs one more fit
+#   folds: 2                     # cross-validation; each fold costs one more fit
 # ensemble:
 #   weights: weighted            # or uniform
 # student:

@@ -258,9 +258,8 @@ class Encoder:
         space = False
         for part in template.parts:
             if isinstance(part, Literally):
-                text = (" " if space else "") + part.text
-                space = text.endswith(" ")
-                text = text.rstrip(" ")
+                space = part.text.endswith(" ")
+                text = part.text.rstrip(" ")
                 if text:
                     layout.append(self.tokenize([text]).ids)
             elif isinstance(part, Column):

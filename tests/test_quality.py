@@ -135,7 +135,7 @@ def test_one_record_a_method_and_finished_cells_are_not_run_again(
     assert ran == [(8, 1)]
 
     changed = yaml.safe_load(task.read_text())
-    changed["training"]["learning_rate"] = 1e-4
+    changed["training"]["learning_rate"] = 3e-4
     task.write_text(yaml.safe_dump(changed))
     run(1)
     assert ran == [(8, 1), (0, 0), (8, 0)]
