@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from quality import TASKS, Pool, draw
 
-from benchmarks.quality import TASKS, Pool, draw
 from pipeline.annotators import Labelled, method
 from pipeline.base_model import resolve_base_model
 from pipeline.device import numeric_profile
