@@ -2,7 +2,7 @@
 
 Stages run in a process of their own: its memory, or its device, is freed by its exit, an out-of-memory kill
 costs one retry, and it can be stopped at any moment. It stays warm between stages, since importing torch and
-transformers takes longer than most stages of a small task (measured: 4 s against 1 to 3 s).
+transformers takes as long as most stages of a small task.
 
 The protocol is one JSON object a line: requests on standard input, events on standard output. The process ends
 with its standard input, hence with its parent, however that one ends.

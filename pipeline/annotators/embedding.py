@@ -58,7 +58,7 @@ class EmbeddingClassifier:
         vectors = self.embed(labelled.texts)
         self.weights = np.zeros((len(self.spec["labels"]), vectors.shape[1]), dtype=np.float32)
         self.bias = np.full(len(self.spec["labels"]), -20.0, dtype=np.float32)
-        # C as for unit vectors: at 1 the penalty leaves the probabilities nearly uniform.
+        # Unit vectors are small numbers: the penalty is weakened to let the probabilities leave the uniform.
         fitted = LogisticRegression(C=10.0, max_iter=1000).fit(vectors, labelled.labels)
         if len(present) == 2:  # scikit-learn keeps one row of weights for two classes
             self.weights[present[1]], self.bias[present] = fitted.coef_[0], [0.0, fitted.intercept_[0]]
