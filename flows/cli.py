@@ -237,6 +237,7 @@ def check(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) ->
     plan = build_plan(loaded, resolve_base_model(loaded.base_model, loaded.root))
     estimate = {
         "rows": plan.rows,
+        "tokens": round(plan.tokens),
         "annotators": len(plan.find("fit")),
         "fits": sum(1 + (call.spec["folds"] if "labelled" in call.inputs else 0) for call in plan.find("fit")),
         "model_passes": len(plan.find("annotate")) + len(plan.find("label")),
@@ -252,9 +253,10 @@ def check(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) ->
         out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     out.print(f"{escape(loaded.name)} is fine.", highlight=False, soft_wrap=True)
     out.print(
-        f"{plan.rows:,} rows to label; {estimate['annotators']} annotators ({estimate['fits']} fits with "
-        f"cross-validation), {estimate['model_passes']} scoring passes;\nabout {estimate['teraflops']} TFLOP, "
-        f"{human_seconds(estimate['device_hours'] * 3600)} on {plan.profile['device']} in {plan.profile['dtype']}.",
+        f"{plan.rows:,} rows to label, about {round(plan.tokens):,} tokens; {estimate['annotators']} annotators "
+        f"({estimate['fits']} fits with cross-validation), {estimate['model_passes']} scoring passes;\n"
+        f"about {estimate['teraflops']} TFLOP, {human_seconds(estimate['device_hours'] * 3600)} on "
+        f"{plan.profile['device']} in {plan.profile['dtype']}.",
         highlight=False,
         soft_wrap=True,
     )
@@ -268,8 +270,11 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Label a Parquet file with a released student."""
+    import transformers
+
     from pipeline.predict import predict_file
 
+    transformers.logging.disable_progress_bar()  # its bar for loading weights would stand before ours
     with Progress(TextColumn("predict"), BarColumn(), MofNCompleteColumn(), console=err, transient=True) as progress:
         bar = progress.add_task("predict", total=None)
         rows = predict_file(

@@ -123,11 +123,13 @@ class Plan:
         calls: the stages.
         profile: the numeric profile.
         rows: the unlabelled rows, as the files' footers count them.
+        tokens: what they hold, by the mean length of the first rows.
     """
 
     calls: list[Call]
     profile: Mapping[str, str]
     rows: int
+    tokens: float
 
     @property
     def release(self) -> Call:
@@ -316,7 +318,7 @@ class _Planner:
             },
         )
         self.add(release)
-        return Plan(list(self.calls.values()), self.profile, sum(rows.values()))
+        return Plan(list(self.calls.values()), self.profile, sum(rows.values()), sum(rows.values()) * tokens)
 
     def settings(self) -> dict[str, Any]:
         """The task as it was resolved, without paths: for the manifest and the card."""
