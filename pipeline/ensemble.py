@@ -59,7 +59,14 @@ def blend(log_probabilities: Sequence[Floats], weights: Doubles) -> Floats:
 
 
 def majority(log_probabilities: Sequence[Floats]) -> npt.NDArray[np.int64]:
-    """The label with most votes, int64 ``[rows]``; a tie goes to the more probable label."""
+    """The label with most votes; a tie goes to the more probable label.
+
+    Args:
+        log_probabilities: float32 ``[rows, labels]`` of each annotator.
+
+    Returns:
+        int64 ``[rows]``.
+    """
     votes = sum(np.eye(part.shape[1])[part.argmax(axis=1)] for part in log_probabilities)
     uniform = blend(log_probabilities, np.full(len(log_probabilities), 1 / len(log_probabilities)))
     return np.asarray((votes + 0.5 * uniform).argmax(axis=1), dtype=np.int64)
@@ -98,6 +105,9 @@ def match_prior(probabilities: Floats, target: Doubles) -> Floats:
     Args:
         probabilities: float32 ``[rows, labels]``.
         target: float64 ``[labels]``, summing to one, all positive.
+
+    Returns:
+        float32 ``[rows, labels]``, each row summing to one.
     """
     scale = np.ones_like(target)
     values = np.maximum(probabilities.astype(np.float64), 1e-12)  # nought times any scale stays nought
@@ -112,6 +122,13 @@ def match_prior(probabilities: Floats, target: Doubles) -> Floats:
 
 
 def margin(probabilities: Floats) -> Floats:
-    """The most probable label's lead over the second, float32 ``[rows]``."""
+    """The most probable label's lead over the second.
+
+    Args:
+        probabilities: float32 ``[rows, labels]``, at least two labels.
+
+    Returns:
+        float32 ``[rows]``, in 0..1.
+    """
     top = np.partition(probabilities, -2, axis=1)[:, -2:]
     return np.asarray(top[:, 1] - top[:, 0], dtype=np.float32)

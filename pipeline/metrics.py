@@ -31,6 +31,11 @@ def wilson_interval(correct: int, rows: int, z: float = 1.96) -> tuple[float, fl
 def classification_metrics(predicted: Ints, truth: Ints, labels: Sequence[str]) -> dict[str, Any]:
     """Accuracy with a 95 % interval, macro-F1, and precision, recall and F1 a label.
 
+    Args:
+        predicted: int64 ``[rows]``.
+        truth: int64 ``[rows]``.
+        labels: the names behind the numbers.
+
     Macro-F1 is over the labels that occur in the truth.
     """
     correct = int((predicted == truth).sum())

@@ -21,6 +21,10 @@ def lowest(margins: Floats, count: int) -> npt.NDArray[np.int64]:
 def priorities(margins: Floats, disagreements: Floats) -> Floats:
     """The urgency of each row, in 0..1, higher first: the mean of its ranks by margin and by disagreement.
 
+    Args:
+        margins: float32 ``[rows]``, the student's.
+        disagreements: float32 ``[rows]``, the annotators'.
+
     Ranks, since the two have different scales and a student's margin says nothing of the annotators'.
 
     Returns:

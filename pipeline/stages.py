@@ -76,7 +76,11 @@ class Job:
 
 
 def ingest(job: Job) -> dict[str, Any]:
-    """Read one of the user's files: ids, hashes, texts, and the bad rows set aside."""
+    """Read one of the user's files; leaves ``rows.parquet`` (`pipeline.tables.rows_schema`) and ``quarantine.parquet``.
+
+    Raises:
+        InputError: the file changed since the plan was made, or a row can't be used.
+    """
     file, spec = Path(job.where["file"]), job.spec
     if sha256_of(file) != spec["file"]:
         raise InputError("the file changed while the run was going on", where=str(file), fix="run again")
@@ -121,7 +125,7 @@ def _drop_repeated(out: Path, where: str) -> dict[str, Any]:
 
 
 def prepare(job: Job) -> dict[str, Any]:
-    """The view over all files: ids made unique, rows that are labelled already left out."""
+    """The view over all files; leaves ``renames.parquet`` (ids made unique) and ``excluded.parquet`` (labelled)."""
     sets = {name: Rows(job.inputs[name].path) for name in ("labelled", "test") if name in job.inputs}
     return prepare_rows(
         [Rows(artifact.path) for artifact in job.all("shard")],
@@ -133,7 +137,13 @@ def prepare(job: Job) -> dict[str, Any]:
 
 
 def sample(job: Job) -> dict[str, Any]:
-    """Draw the transfer set: distinct texts with the lowest hashes, none of them labelled or in the test set."""
+    """Draw the transfer set: distinct texts with the lowest hashes, none of them labelled or in the test set.
+
+    Leaves ``rows.parquet``: content_hash and the text columns, in the order of the hashes. Memory: 16 bytes a row.
+
+    Raises:
+        InputError: no row is left.
+    """
     taken: set[str] = set()
     for name in ("labelled", "test"):
         if name in job.inputs:
@@ -172,7 +182,13 @@ def sample(job: Job) -> dict[str, Any]:
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """Train one annotator, and cross-validate it."""
+    """Train one annotator, and cross-validate it.
+
+    Leaves ``annotator/`` and, where there are folds, ``cv.parquet``: out-of-fold log-probabilities.
+
+    Raises:
+        Diverged: the loss is no longer a number.
+    """
     spec, labelled = job.spec, job.labelled()
     transfer = texts_of(Rows(job.inputs["sample"].path).read())
     train = method(spec["method"]).train
@@ -208,7 +224,7 @@ def fit(job: Job) -> dict[str, Any]:
 
 
 def annotate(job: Job) -> dict[str, Any]:
-    """Score rows with one annotator."""
+    """Score rows with one annotator; leaves ``scores.parquet``, float32 log-probabilities ``[rows, labels]``."""
     fitted = job.inputs["fit"]
     loaded = method(fitted.manifest["spec"]["method"]).load(fitted.path / "annotator", job.base(), job.spec["profile"])
     rows = Rows(job.inputs["rows"].path).read()
@@ -230,7 +246,10 @@ def _scores(artifact: Artifact, name: str = "scores.parquet") -> Floats:
 
 
 def blend_annotators(job: Job) -> dict[str, Any]:
-    """Weigh the annotators and blend their scores of the transfer set into soft labels."""
+    """Weigh the annotators and blend their scores of the transfer set.
+
+    Leaves ``soft.parquet``: probs float32 ``[rows, labels]`` at T = 1 and disagreement float32 ``[rows]``.
+    """
     fits = job.all("fit")
     accuracies = [artifact.meta["cv_accuracy"] for artifact in fits]
     labelled = job.labelled()
@@ -256,7 +275,7 @@ def blend_annotators(job: Job) -> dict[str, Any]:
 
 
 def distill(job: Job) -> dict[str, Any]:
-    """Train the student on the soft labels and the labelled rows."""
+    """Train the student on the soft labels and the labelled rows; leaves ``model/``."""
     from pipeline.student import distill as train_student
 
     soft = from_lists(pq.read_table(job.inputs["blend"].path / "soft.parquet", columns=["probs"]).column(0))
@@ -277,7 +296,7 @@ def distill(job: Job) -> dict[str, Any]:
 
 
 def label(job: Job) -> dict[str, Any]:
-    """Score all rows of a shard with the student, batch by batch."""
+    """Score all rows of a shard with the student, batch by batch; leaves ``scores.parquet`` in the shard's order."""
     from pipeline.student import Student, shifted
 
     student = Student.load(job.inputs["distill"].path / "model", job.spec["profile"])
@@ -295,7 +314,10 @@ def label(job: Job) -> dict[str, Any]:
 
 
 def route(job: Job) -> dict[str, Any]:
-    """Choose the candidates for review: the student's lowest margins, each text once, none labelled already."""
+    """Choose the candidates for review: the student's lowest margins, each text once, none labelled already.
+
+    Leaves ``rows.parquet``: content_hash, the text columns, shard, row and margin. Memory: 4 bytes a row.
+    """
     excluded = pq.read_table(job.inputs["prepare"].path / "excluded.parquet")
     margins, shards = [], job.all("shard")
     for number, scored in enumerate(job.all("label")):
@@ -358,7 +380,7 @@ def _rows_at(rows: Rows, at: np.ndarray, names: list[str]) -> pa.Table:
 
 
 def evaluate(job: Job) -> dict[str, Any]:
-    """Compare the annotators, their blends and the student: by cross-validation, and on the test file."""
+    """Compare annotators, blends and student, by cross-validation and on the test file; leaves ``metrics.json``."""
     names, labels = job.spec["members"], job.spec["labels"]
     blended = job.inputs["blend"].meta
     weights = np.array(blended["weights"]) / sum(blended["weights"])
@@ -407,7 +429,7 @@ def evaluate(job: Job) -> dict[str, Any]:
 
 
 def release(job: Job) -> dict[str, Any]:
-    """Write the labelled dataset as it will be published."""
+    """Write the labelled dataset as it will be published; leaves ``version/``."""
     from pipeline.release import write_release
 
     shutil.copytree(job.inputs["distill"].path / "model", job.out / "model")
