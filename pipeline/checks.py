@@ -160,6 +160,9 @@ def _files(task: Task, problems: list[InputError], warnings: list[str]) -> None:
     except InputError as error:
         problems.append(error)
         files = []
+    if files and inputs.on_bad_files == "skip":
+        skipped = [file.name for file in task.matched_files() if file not in files]
+        warnings.extend(f"{name} can't be read as Parquet and is left out" for name in skipped)
     roles = ColumnRoles(tuple(inputs.text), inputs.id, tuple(inputs.carry))
     for file in files:
         try:

@@ -56,6 +56,15 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         ) from None
 
 
+def is_readable(path: Path) -> bool:
+    """Whether a file is Parquet with a whole footer."""
+    try:
+        open_parquet(path)
+    except InputError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class ColumnRoles:
     """Which columns of a user's file mean what.

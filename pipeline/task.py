@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from pipeline.errors import InputError
+from pipeline.tables import is_readable
 from pipeline.template import Template
 
 
@@ -62,6 +63,9 @@ class Inputs(Section):
     label: str = Field("label", description="the label column of the labelled and the test file")
     id: str | None = Field(None, description="a unique column; without it the id is a hash of the text")
     carry: list[str] = Field(default=[], description="columns to carry along into the release")
+    on_bad_files: Literal["fail", "skip"] = Field(
+        "fail", description="what to do with an unlabelled file that is no readable Parquet: stop, or leave it out"
+    )
     on_bad_rows: Literal["fail", "quarantine"] = Field(
         "fail", description="what to do with a row without text: stop, or set it aside and go on"
     )
@@ -273,7 +277,23 @@ class Task(Section):
         return Path(given) if Path(given).is_absolute() else self.root / given
 
     def unlabelled_files(self) -> list[Path]:
-        """The Parquet files to label, sorted by path, each once.
+        """The Parquet files to label, sorted by path, each once, unreadable ones left out if told to.
+
+        Raises:
+            InputError: a path or glob matches nothing.
+        """
+        found = self.matched_files()
+        if self.inputs.on_bad_files == "fail":
+            return found  # whoever opens an unreadable one tells
+        readable = [file for file in found if is_readable(file)]
+        if not readable:
+            raise InputError(
+                "none of the unlabelled files can be read", where="inputs.unlabelled", fix="write them again"
+            )
+        return readable
+
+    def matched_files(self) -> list[Path]:
+        """What `inputs.unlabelled` matches, readable or not.
 
         Raises:
             InputError: a path or glob matches nothing.

@@ -370,3 +370,15 @@ def test_base_model_whose_head_is_not_in_its_file_is_refused(
     save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="masked-LM head is not in its file"):
         Run(tiny_task(changes={"base_model": str(headless)})).plan()
+
+
+def test_unreadable_file_stops_the_run_unless_told_to_skip_it(tiny_task: MakeTask) -> None:
+    run = Run(tiny_task(changes={"inputs": {"unlabelled": "unlabelled*.parquet"}}))
+    content = (run.path.parent / "unlabelled.parquet").read_bytes()
+    (run.path.parent / "unlabelled-2.parquet").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"unlabelled-2\.parquet"):
+        run.plan()
+    skip = "inputs.on_bad_files=skip"
+    assert check_task(Task.load(run.path, [skip])) == ["unlabelled-2.parquet can't be read as Parquet and is left out"]
+    run(skip)
+    assert len(run.rows("rest")) + len(run.rows("review")) == 24
