@@ -184,18 +184,15 @@ def _show_summary(summary: dict[str, Any]) -> None:
 
 
 def _dry_run(task: str, overrides: list[str], out_dir: str | None, as_json: bool) -> None:
-    from pipeline.base_model import resolve_base_model
     from pipeline.checks import check_task
-    from pipeline.plan import build_plan
-    from pipeline.release import latest_manifest, release_path
+    from pipeline.plan import plan_run
     from pipeline.settings import Settings
     from pipeline.store import Store
     from pipeline.task import Task
 
     loaded = Task.load(task, overrides)
     warnings = check_task(loaded)
-    base = resolve_base_model(loaded.base_model, loaded.root)
-    plan = build_plan(loaded, base, latest_manifest(release_path(loaded, out_dir)))
+    plan = plan_run(loaded, out_dir)
     missing = {call.key for call in plan.to_build(Store(Settings().store_path))}
     rows = [
         {

@@ -14,22 +14,15 @@ from prefect.settings import PREFECT_RESULTS_LOCAL_STORAGE_PATH, temporary_setti
 from pydantic import Field
 
 from flows import dispatch, observer
-from pipeline.base_model import resolve_base_model
 from pipeline.checks import check_task
 from pipeline.device import cuda_devices
 from pipeline.errors import StageFailed
-from pipeline.plan import Plan, build_plan
-from pipeline.release import Published, latest_manifest, publish, release_path
+from pipeline.plan import Plan, plan_run
+from pipeline.release import Published, publish, release_path
 from pipeline.settings import Settings
 from pipeline.store import Store
 from pipeline.task import Task
 from pipeline.worker import StageProcesses
-
-
-def plan_of(task: Task, out: str | None) -> Plan:
-    """The plan of a run of a task, given what was released already."""
-    base = resolve_base_model(task.base_model, task.root)
-    return build_plan(task, base, latest_manifest(release_path(task, out)))
 
 
 def _run_name() -> str:
@@ -59,7 +52,7 @@ def label(
     loaded = Task.load(settings.home / task, overrides or [])
     store = Store(settings.store_path)
     warnings = check_task(loaded)
-    plan = plan_of(loaded, out)
+    plan = plan_run(loaded, out)
     observer.current().planned(plan, plan.to_build(store))
     run = uuid.uuid4().hex
     processes = StageProcesses(cuda_devices())

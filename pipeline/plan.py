@@ -14,8 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.base_model import BaseModel
+from pipeline.base_model import BaseModel, resolve_base_model
 from pipeline.device import numeric_profile
+from pipeline.release import latest_manifest, release_path
 from pipeline.store import Store, key_of, sha256_of
 from pipeline.tables import open_parquet
 from pipeline.task import Task
@@ -162,6 +163,16 @@ def build_plan(task: Task, base: BaseModel, previous: Mapping[str, Any] | None =
         InputError: a file can't be read.
     """
     return _Planner(task, base, previous).plan()
+
+
+def plan_run(task: Task, out: str | None) -> Plan:
+    """Plan a run of a task, given what was released already at its release path.
+
+    Raises:
+        InputError: the base model or a file can't be read.
+    """
+    base = resolve_base_model(task.base_model, task.root)
+    return build_plan(task, base, latest_manifest(release_path(task, out)))
 
 
 class _Planner:

@@ -95,7 +95,7 @@ def _renames(shards: Sequence[Rows], contents: Sequence[Hashes]) -> list[tuple[i
         at = np.flatnonzero(np.isin(content, shared))
         if len(at) == 0:
             continue
-        hashes = _strings_at(rows, "content_hash", at)
+        hashes = rows.take(at, ["content_hash"]).column(0).to_pylist()
         here: dict[int, int] = {}
         for row, text in zip(at, hashes, strict=True):
             value = int(content[row])
@@ -105,16 +105,6 @@ def _renames(shards: Sequence[Rows], contents: Sequence[Hashes]) -> list[tuple[i
         for value, count in here.items():
             before[value] = before.get(value, 0) + count
     return renamed
-
-
-def _strings_at(rows: Rows, column: str, at: npt.NDArray[np.int64]) -> list[str]:
-    found: list[str] = []
-    start = 0
-    for batch in rows.batches([column]):
-        mine = at[(at >= start) & (at < start + batch.num_rows)] - start
-        found += batch.column(0).take(pa.array(mine, pa.int64())).to_pylist()
-        start += batch.num_rows
-    return found
 
 
 def _refuse_repeated_ids(shards: Sequence[Rows], names: Sequence[str]) -> None:
@@ -133,7 +123,8 @@ def _refuse_repeated_ids(shards: Sequence[Rows], names: Sequence[str]) -> None:
     repeated = distinct[counts > 1]
     seen: dict[str, int] = {}
     for number, (rows, values) in enumerate(zip(shards, hashed, strict=True)):
-        for row_id in _strings_at(rows, "row_id", np.flatnonzero(np.isin(values, repeated))):
+        at = np.flatnonzero(np.isin(values, repeated))
+        for row_id in rows.take(at, ["row_id"]).column(0).to_pylist():
             if row_id in seen:  # compared as text: two ids with one hash are not the same id
                 raise InputError(
                     f"the id {row_id!r} is in {names[seen[row_id]]} and in {names[number]}",

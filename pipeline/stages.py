@@ -362,21 +362,10 @@ def _candidates(shards: list[Artifact], margins: list[Floats], best: np.ndarray,
 def _take(rows: Rows, at: np.ndarray, shard: int, margins: Floats) -> pa.Table:
     """Some rows of a shard with their place and margin."""
     names = [name for name in rows.schema.names if name == "content_hash" or name.startswith(tables.TEXT)]
-    table = _rows_at(rows, at, names)
+    table = rows.take(at, names)
     table = table.append_column("shard", pa.array(np.full(len(at), shard), pa.int64()))
     table = table.append_column("row", pa.array(at, pa.int64()))
     return table.append_column("margin", pa.array(margins[at], pa.float32()))
-
-
-def _rows_at(rows: Rows, at: np.ndarray, names: list[str]) -> pa.Table:
-    """Rows by sorted number, read batch by batch."""
-    parts, start = [], 0
-    for batch in rows.batches(names):
-        mine = at[(at >= start) & (at < start + batch.num_rows)] - start
-        parts.append(batch.take(pa.array(mine, pa.int64())))
-        start += batch.num_rows
-    schema = pa.schema([rows.schema.field(name) for name in names])
-    return pa.Table.from_batches(parts, schema=schema)
 
 
 def evaluate(job: Job) -> dict[str, Any]:

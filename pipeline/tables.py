@@ -347,6 +347,15 @@ class Rows:
         with pq.ParquetFile(self.file) as file:
             yield from file.iter_batches(BATCH_ROWS, columns=columns)
 
+    def take(self, at: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
+        """Some columns of the rows with the given ascending numbers, read batch by batch."""
+        parts, start = [], 0
+        for batch in self.batches(columns):
+            mine = at[(at >= start) & (at < start + batch.num_rows)] - start
+            parts.append(batch.take(pa.array(mine, pa.int64())))
+            start += batch.num_rows
+        return pa.Table.from_batches(parts, schema=pa.schema([self.schema.field(name) for name in columns]))
+
     @property
     def count(self) -> int:
         """How many rows."""
