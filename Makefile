@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo up down status test lint format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -20,6 +20,15 @@ install: $(VENV)/installed  ## Create .venv and install the project with its dev
 demo: install  ## Label the sample data with the embedded model
 	$(BIN)/clozeline run data/tickets/task.yaml
 
+up: install  ## Start a Prefect server, its pools and workers, or what of them died
+	deploy/cluster.sh up
+
+down:  ## End them, with the runs under way
+	deploy/cluster.sh down
+
+status:  ## Tell what of them runs
+	deploy/cluster.sh status
+
 test: install  ## Lint, type-check and run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,4 +43,5 @@ format: install  ## Format the code
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment, the store and the releases made here
+	deploy/cluster.sh down
 	rm -rf $(VENV) .clozeline releases

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 130 stopped by Ctrl-C
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -15,14 +14,31 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from flows import cli_store
+from flows.cli_config import checked_settings, config
+from flows.cli_console import (
+    AsJson,
+    OutDir,
+    Overrides,
+    ProgressBars,
+    TaskFile,
+    err,
+    out,
+    percent,
+    print_json,
+    say,
+    show_summary,
+    warn,
+)
+from flows.cli_events import notify, watch
+from flows.events import task_location
 from pipeline.errors import ClozelineError, InputError
-from pipeline.metrics import METHODS
-from pipeline.plan import Call, Plan, human_seconds
+from pipeline.plan import human_seconds
+from pipeline.settings import EngineName, Settings
 
 app = typer.Typer(
     help="From a handful of labelled texts and a heap of unlabelled Parquet to a labelled dataset.",
@@ -32,45 +48,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _STOPPED = 130  # what typer makes of Ctrl-C
-out, err = Console(), Console(stderr=True)
-
-TaskFile = Annotated[str, typer.Argument(help="The task file (YAML).", metavar="TASK")]
-Overrides = Annotated[
-    list[str],
-    typer.Option("--set", help="A setting that wins over the file's: dotted.key=value. Repeatable."),
+Engine = Annotated[
+    EngineName | None,
+    typer.Option("--engine", help="Where stages that run a model are executed; by default what CLOZELINE_ENGINE says."),
 ]
-OutDir = Annotated[str | None, typer.Option("--out", help="The release directory.", metavar="DIR")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-
-
-class ProgressBars:
-    """One bar for each stage that runs."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._bars: dict[str, Any] = {}
-        self._all: Any = None
-
-    def planned(self, plan: Plan, to_build: list[Call]) -> None:
-        """A bar for the whole run."""
-        self._all = self._progress.add_task("all stages", total=len(plan.calls))
-
-    def started(self, key: str, title: str) -> None:
-        """A bar for the stage."""
-        self._bars[key] = self._progress.add_task(title, total=None)
-
-    def progressed(self, key: str, done: int, total: int) -> None:
-        """Move the stage's bar."""
-        self._progress.update(self._bars[key], completed=done, total=total)
-
-    def built(self, key: str, title: str, seconds: float) -> None:
-        """Take the stage's bar away and leave a line."""
-        self._progress.remove_task(self._bars.pop(key))
-        self._progress.console.print(f"[green]✓[/] {escape(title)} [dim]{human_seconds(seconds)}[/]", highlight=False)
-
-    def finished(self, title: str) -> None:
-        """Move the run's bar."""
-        self._progress.advance(self._all)
 
 
 @contextmanager
@@ -97,6 +78,7 @@ def run(
     task: TaskFile,
     overrides: Overrides = [],  # noqa: B006 - typer reads it, nobody changes it
     out_dir: OutDir = None,
+    engine: Engine = None,
     as_json: AsJson = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show which stages are cached and what the rest will cost.")
@@ -128,72 +110,26 @@ def run(
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=err, transient=True) as progress, observing(ProgressBars(progress)):
-            summary = label(task=str(Path(task).absolute()), out=out_dir, overrides=list(overrides))
+            summary = label(
+                task=task_location(task), out=out_dir, overrides=list(overrides), engine=engine or Settings().engine
+            )
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if as_json:
-        print(json.dumps(summary, indent=1, sort_keys=True))
+        print_json(dict(sorted(summary.items())))
     else:
-        _show_summary(summary)
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _show_summary(summary: dict[str, Any]) -> None:
-    for warning in summary["warnings"]:
-        out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
-    table = Table("split", "rows", title=f"{summary['name']}: rows", title_justify="left")
-    for split, rows in summary["rows"].items():
-        table.add_row(split, f"{rows:,}")
-    out.print(table)
-    total = max(sum(summary["label_counts"].values()), 1)
-    table = Table("label", "rows", "share", title="labels given", title_justify="left")
-    for name, count in sorted(summary["label_counts"].items(), key=lambda entry: -entry[1]):
-        table.add_row(escape(name), f"{count:,}", _percent(count / total))
-    out.print(table)
-    if summary["test"]:
-        rows = next(found["rows"] for found in summary["test"].values() if found)
-        table = Table(
-            "method",
-            "accuracy",
-            "95 % interval",
-            "macro-F1",
-            title=f"on {rows:,} test rows",
-            title_justify="left",
-        )
-        for name in METHODS:
-            found = summary["test"][name]
-            if found is None:
-                table.add_row(name, "-", "-", "-")
-                continue
-            if name == "best annotator":
-                name = f"best annotator ({summary['best_annotator']}, by cross-validation)"
-            elif name == "oracle annotator":
-                name = "oracle annotator (best on this file)"
-            interval = f"{100 * found['accuracy_low']:.1f} to {100 * found['accuracy_high']:.1f} %"
-            table.add_row(name, _percent(found["accuracy"]), interval, _percent(found["macro_f1"]))
-        out.print(table)
-    table = Table("stage", "seconds", title="seconds a stage", title_justify="left")
-    executed = {title.split()[0] for title in summary["executed"]}
-    for stage, seconds in summary["seconds"].items():
-        table.add_row(stage, f"{seconds:.1f}" if stage in executed else f"{seconds:.1f} [dim](cached)[/]")
-    out.print(table)
-    state = "new version" if summary["new"] else "unchanged"
-    out.print(f"release ({state}): {escape(summary['release'])}", highlight=False, soft_wrap=True)
+        show_summary(summary)
 
 
 def _dry_run(task: str, overrides: list[str], out_dir: str | None, as_json: bool) -> None:
     from pipeline.checks import check_task
     from pipeline.plan import plan_run
-    from pipeline.settings import Settings
-    from pipeline.store import Store
+    from pipeline.store import open_store
     from pipeline.task import Task
 
     loaded = Task.load(task, overrides)
     warnings = check_task(loaded)
     plan = plan_run(loaded, out_dir)
-    missing = {call.key for call in plan.to_build(Store(Settings().store_path))}
+    missing = {call.key for call in plan.to_build(open_store(Settings().store_location))}
     rows = [
         {
             "stage": call.title,
@@ -204,21 +140,17 @@ def _dry_run(task: str, overrides: list[str], out_dir: str | None, as_json: bool
     ]
     total = sum(float(str(row["seconds"])) for row in rows)
     if as_json:
-        print(json.dumps({"stages": rows, "seconds": round(total, 1), "warnings": warnings}, indent=1))
+        print_json({"stages": rows, "seconds": round(total, 1), "warnings": warnings})
         return
     for warning in warnings:
-        out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+        warn(warning)
     table = Table("stage", "state", "estimate", title=f"{loaded.name}: {plan.rows:,} rows", title_justify="left")
     for row in rows:
         cost = "" if row["cached"] else human_seconds(float(str(row["seconds"])))
         table.add_row(escape(str(row["stage"])), "cached" if row["cached"] else "to do", cost)
     out.print(table)
     device = f"{plan.profile['device']}, {plan.profile['dtype']}"
-    out.print(
-        f"{len(missing)} of {len(rows)} stages to do, about {human_seconds(total)} ({device})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"{len(missing)} of {len(rows)} stages to do, about {human_seconds(total)} ({device})")
 
 
 @app.command()
@@ -232,7 +164,7 @@ def check(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) ->
     loaded = Task.load(task, overrides)
     warnings = check_task(loaded)
     plan = build_plan(loaded, resolve_base_model(loaded.base_model, loaded.root))
-    estimate = {
+    estimate: dict[str, Any] = {
         "rows": plan.rows,
         "tokens": round(plan.tokens),
         "annotators": len(plan.find("fit")),
@@ -244,24 +176,24 @@ def check(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) ->
         "warnings": warnings,
     }
     if as_json:
-        print(json.dumps(estimate, indent=1))
+        print_json(estimate)
         return
     for warning in warnings:
-        out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
-    out.print(f"{escape(loaded.name)} is fine.", highlight=False, soft_wrap=True)
-    out.print(
+        warn(warning)
+    say(f"{escape(loaded.name)} is fine.")
+    say(
         f"{plan.rows:,} rows to label, about {round(plan.tokens):,} tokens; {estimate['annotators']} annotators "
         f"({estimate['fits']} fits with cross-validation), {estimate['model_passes']} scoring passes;\n"
         f"about {estimate['teraflops']} TFLOP, {human_seconds(estimate['device_hours'] * 3600)} on "
-        f"{plan.profile['device']} in {plan.profile['dtype']}.",
-        highlight=False,
-        soft_wrap=True,
+        f"{plan.profile['device']} in {plan.profile['dtype']}."
     )
 
 
 @app.command()
 def predict(
-    student: Annotated[Path, typer.Argument(metavar="RELEASE_OR_STUDENT", help="A release, a version or its model.")],
+    student: Annotated[
+        str, typer.Argument(metavar="RELEASE_OR_STUDENT", help="A release (a path or a URL), a version or its model.")
+    ],
     source: Annotated[Path, typer.Argument(metavar="IN.parquet")],
     target: Annotated[Path, typer.Argument(metavar="OUT.parquet")],
     as_json: AsJson = False,
@@ -278,9 +210,9 @@ def predict(
             student, source, target, lambda done, total: progress.update(bar, completed=done, total=total)
         )
     if as_json:
-        print(json.dumps({"rows": rows, "path": str(target)}))
+        print_json({"rows": rows, "path": str(target)})
     else:
-        out.print(f"{rows:,} rows labelled: {escape(str(target))}", highlight=False, soft_wrap=True)
+        say(f"{rows:,} rows labelled: {escape(str(target))}")
 
 
 @app.command()
@@ -299,9 +231,7 @@ def init(
     if target.exists() and not force:
         raise InputError("the file is there already", where=str(target), fix="choose another --out, or --force")
     write_atomically(target, starter_task(file, unlabelled, target.absolute().parent))
-    out.print(
-        f"wrote {escape(str(target))}; next: clozeline check {escape(str(target))}", highlight=False, soft_wrap=True
-    )
+    say(f"wrote {escape(str(target))}; next: clozeline check {escape(str(target))}")
 
 
 @app.command()
@@ -312,25 +242,31 @@ def preview(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) 
 
     rows, previews = preview_task(Task.load(task, overrides))
     if as_json:
-        print(json.dumps({"rows": rows, "patterns": [vars(found) for found in previews]}, indent=1))
+        print_json({"rows": rows, "patterns": [vars(found) for found in previews]})
         return
     for found in previews:
-        out.print(f"[bold]{escape(found.name)}[/]  {escape(found.pattern)}", highlight=False, soft_wrap=True)
+        say(f"[bold]{escape(found.name)}[/]  {escape(found.pattern)}")
         for example in found.examples:
-            out.print(f"  {escape(example)}", highlight=False, soft_wrap=True)
+            say(f"  {escape(example)}")
         words = ", ".join(w if len(t) == 1 else f"{w} ({' '.join(t)})" for w, t in found.words.items())
-        out.print(f"  [dim]words:[/] {escape(words)}", highlight=False, soft_wrap=True)
-        out.print(
+        say(f"  [dim]words:[/] {escape(words)}")
+        say(
             f"  [dim]tokens:[/] {found.mean_tokens:.1f} on average, {found.max_tokens} at most; "
-            f"{_percent(found.shortened)} of {rows:,} rows are cut",
-            highlight=False,
-            soft_wrap=True,
+            f"{percent(found.shortened)} of {rows:,} rows are cut"
         )
+
+
+app.add_typer(cli_store.app, name="store")
+app.command()(notify)
+app.command()(watch)
+app.command()(config)
 
 
 def main() -> None:
     """Run the command and turn errors into exit codes."""
     try:
+        if "--help" not in sys.argv:  # which is for those whose settings are wrong, too
+            checked_settings()
         app(standalone_mode=True)
     except InputError as error:
         err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)

@@ -1,54 +1,131 @@
-"""The one cached Prefect task that stands for every stage, and the processes it sends them to."""
+"""The one cached Prefect task that stands for every stage, and the engine that it sends them to."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from pathlib import Path
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
-from uuid import UUID
 
 from prefect import task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.tasks import exponential_backoff
 
 from flows import observer
-from pipeline.errors import StageLost
-from pipeline.plan import Call
-from pipeline.store import Store
-from pipeline.worker import StageProcesses
+from flows.pool import PoolEngine
+from flows.progress import ProgressArtifact
+from pipeline.engines import Engine
+from pipeline.engines.dask import DaskEngine
+from pipeline.engines.local import LocalEngine
+from pipeline.engines.ray import RayEngine
+from pipeline.errors import OutOfMemory, StageLost, StorageTrouble
+from pipeline.plan import Call, Plan
+from pipeline.settings import EngineName
+from pipeline.store import Store, key_of
 
-_ARTIFACT_SECONDS = 2.0
-_processes: dict[str, StageProcesses] = {}
-_executed: dict[str, list[str]] = {}
+RETRIES = 4
+# A task run costs the server more than a small stage costs this machine: small stages of one kind share one, until
+# it lasts minutes; no more of them than a server on SQLite takes at once.
+_GROUP_SECONDS, _MOST_GROUPS, _FEWEST_GROUPS = 120.0, 100, 4
+# What there is one of for each file. Elsewhere than beside the flow a stage run takes seconds to begin, so that the
+# scoring of the same rows by several annotators is shared out likewise.
+_GROUPED = frozenset({"ingest", "label"})
+_GROUPED_FAR = _GROUPED | {"annotate"}
+# A process that is killed twice for the same stage was most likely killed for its memory.
+_KILLS_BEFORE_HALVING = 2
+_SMALLEST_SHARE = 1 / 16
 
 
-def register(run: str, processes: StageProcesses) -> None:
-    """Make a run's processes known to its tasks (task parameters travel as JSON, processes can't)."""
-    _processes[run] = processes
-    _executed[run] = []
+class Dispatcher:
+    """What one run sends its stages through: its engine, its store, and what it has learned of them.
+
+    Args:
+        engine: where stages that run a model are executed; all others run in processes beside the flow.
+        store: the artifact store.
+        queue: the work queue of the engine ``pool``.
+        storage_block: the block with the storage's credentials, for the workers of the engine ``pool``.
+    """
+
+    def __init__(self, engine: EngineName, store: Store, queue: str, storage_block: str | None = None) -> None:
+        self.store, self.far = store, engine != "local"
+        self.executed: list[str] = []
+        self._beside = LocalEngine()
+        self._far: Engine = self._beside
+        if engine == "pool":
+            self._far = PoolEngine(queue, storage_block)
+        elif engine == "ray":
+            self._far = RayEngine()
+        elif engine == "dask":
+            self._far = DaskEngine()
+        self._lock = threading.Lock()
+        self._shares: dict[str, float] = {}
+        self._kills: Counter[str] = Counter()
+
+    def run(self, title: str, requests: Sequence[Mapping[str, Any]], progress: Any) -> dict[str, dict[str, Any]]:
+        """Run what the store does not have; returns the seconds of each by key."""
+        found = {request["key"]: self.store.find(request["stage"], request["key"]) for request in requests}
+        seconds = {key: {"seconds": artifact.seconds} for key, artifact in found.items() if artifact is not None}
+        missing = [request for request in requests if found[request["key"]] is None]
+        if not missing:  # no process, and no device, is held for what is there
+            return seconds
+        sent = [{**request, "batch_share": self._shares.get(request["key"], 1.0)} for request in missing]
+        engine = self._far if sent[0]["on_device"] else self._beside
+        try:
+            results = engine.run(title, sent, progress)
+        except StageLost as error:
+            self._learn(error, [request["key"] for request in missing])
+            raise
+        with self._lock:
+            self.executed += [r["title"] for r, result in zip(missing, results, strict=True) if result["built"]]
+        return seconds | {
+            request["key"]: {"seconds": result["seconds"]} for request, result in zip(missing, results, strict=True)
+        }
+
+    def _learn(self, error: StageLost, keys: Iterable[str]) -> None:
+        """After running out of memory, or what looks like it, the next try computes in half batches."""
+        with self._lock:
+            for key in keys:
+                self._kills[key] += 1
+                if isinstance(error, OutOfMemory) or self._kills[key] >= _KILLS_BEFORE_HALVING:
+                    self._shares[key] = max(self._shares.get(key, 1.0) / 2, _SMALLEST_SHARE)
+
+    def close(self) -> None:
+        """Stop whatever runs; artifacts that are half built stay unpublished."""
+        self._far.close()
+        self._beside.close()
 
 
-def unregister(run: str) -> list[str]:
-    """Stop a run's processes; returns the titles of the stages that they executed, in the order of their ends."""
-    _processes.pop(run).close()
-    return _executed.pop(run)
+_dispatchers: dict[str, Dispatcher] = {}
+
+
+@contextmanager
+def registered(run: str, dispatcher: Dispatcher) -> Iterator[None]:
+    """Make a run's dispatcher known to its tasks (parameters travel as JSON, an engine can't); stop it at the end."""
+    _dispatchers[run] = dispatcher
+    try:
+        yield
+    finally:
+        _dispatchers.pop(run).close()
 
 
 def stop_all() -> None:
-    """Stop the processes of every run; their artifacts stay unpublished."""
-    for processes in list(_processes.values()):
-        processes.close()
+    """Stop the stages of every run of this process."""
+    for dispatcher in list(_dispatchers.values()):
+        dispatcher.close()
 
 
 def _key(context: Any, parameters: Mapping[str, Any]) -> str:
-    return f"{parameters['request']['stage']}-{parameters['request']['key']}"
+    requests = parameters["requests"]
+    if len(requests) == 1:
+        return f"{requests[0]['stage']}-{requests[0]['key']}"
+    return f"{requests[0]['stage']}-{key_of([request['key'] for request in requests])}"
 
 
 def _transient(task: Any, task_run: Any, state: Any) -> bool:
-    """Only a lost process may go better next time; one that the run itself stopped is no loss."""
-    return isinstance(state.result(raise_on_failure=False), StageLost)
+    """Only what may go better next time: a lost process, memory that half batches may spare, a storage hiccup."""
+    return isinstance(state.result(raise_on_failure=False), StageLost | StorageTrouble)
 
 
 @task(
@@ -57,62 +134,74 @@ def _transient(task: Any, task_run: Any, state: Any) -> bool:
     cache_policy=CacheKeyFnPolicy(cache_key_fn=_key),
     persist_result=True,
     result_serializer="json",
-    retries=2,
+    retries=RETRIES,
     retry_delay_seconds=exponential_backoff(1),
     retry_condition_fn=_transient,
 )
-def stage_task(title: str, request: dict[str, Any], run: str) -> dict[str, Any]:
-    """Run a stage and return a small reference to what it left in the store."""
-    store = Store(Path(request["store"]))
-    watcher = observer.current()
-    found = store.find(request["stage"], request["key"])
-    if found is not None:  # no process, and no device, is held for what is there
-        return {"stage": request["stage"], "key": request["key"], "seconds": found.seconds}
-    with _processes[run].lease() as process:
-        watcher.started(request["key"], title)
-        report = _ProgressArtifact(title, request["key"])
+def stage_task(title: str, requests: list[dict[str, Any]], run: str) -> dict[str, dict[str, Any]]:
+    """Run stages of one kind and return the seconds of each by key."""
+    watch = key_of([request["key"] for request in requests])
+    watcher, report = observer.current(), ProgressArtifact(title, watch)
+    begun = False
 
-        def progress(done: int, total: int) -> None:
-            watcher.progressed(request["key"], done, total)
-            report(done, total)
+    def progress(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            watcher.started(watch, title)
+            begun = True
+        watcher.progressed(watch, done, total)
+        report(done, total)
 
-        result = process.run(request, progress)
-        watcher.built(request["key"], title, result["seconds"])
-    if result["built"]:
-        _executed[run].append(title)
-    return {"stage": request["stage"], "key": request["key"], "seconds": result["seconds"]}
-
-
-class _ProgressArtifact:
-    """The progress of a long stage in the Prefect UI; drawing it never voids the stage."""
-
-    def __init__(self, title: str, key: str) -> None:
-        self._title, self._key = title, f"progress-{key[:16]}"
-        self._id: UUID | None = None
-        self._said = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._said < _ARTIFACT_SECONDS and not (self._id and done >= total):
-            return
-        self._said = now
-        share = 100.0 * done / max(total, 1)
-        try:
-            if self._id is None:
-                self._id = create_progress_artifact(share, key=self._key, description=self._title)  # type: ignore[assignment]
-            else:
-                update_progress_artifact(self._id, share)
-        except Exception:  # a stage outweighs its progress bar, whatever the API says
-            self._said = float("inf")
+    try:
+        done = _dispatchers[run].run(title, requests, progress)
+    except BaseException:
+        if begun:
+            watcher.lost(watch)
+        raise
+    if begun:
+        watcher.built(watch, title, sum(found["seconds"] for found in done.values()))
+    return done
 
 
-def submit(call: Call, store: Store, run: str, futures: Mapping[str, Any]) -> Any:
-    """Submit a stage behind its inputs.
+def grouped(plan: Plan, missing: set[str], *, far: bool) -> list[list[Call]]:
+    """The plan's calls, small ones of one kind together, in an order in which each follows what it needs.
 
-    The store is the truth and Prefect's cache its index: where the artifact is gone, the cached reference is
-    not believed.
+    Args:
+        plan: the calls.
+        missing: the keys that the store does not have; what it has is grouped apart.
+        far: whether stages run elsewhere than beside the flow.
     """
-    there = store.find(call.stage, call.key) is not None
-    chosen = stage_task if there else stage_task.with_options(refresh_cache=True)
-    waits = [futures[needed.key] for needed in call.inputs.values()]
-    return chosen.submit(title=call.title, request=call.request(store), run=run, wait_for=waits)
+    groups: list[list[Call]] = []
+    alike: dict[tuple[str, str, bool], list[Call]] = {}
+    for call in plan.calls:
+        if call.stage not in (_GROUPED_FAR if far else _GROUPED):
+            groups.append([call])
+            continue
+        rows = call.inputs["rows"].key if call.stage == "annotate" else ""
+        kind = call.stage, rows, call.key in missing
+        if kind not in alike:
+            groups.append(alike.setdefault(kind, []))
+        alike[kind].append(call)
+    return [part for group in groups for part in _parts(plan, group)]
+
+
+def _parts(plan: Plan, calls: list[Call]) -> list[list[Call]]:
+    seconds = sum(plan.seconds(call) for call in calls)
+    count = min(max(int(seconds / _GROUP_SECONDS) + 1, _FEWEST_GROUPS), _MOST_GROUPS, len(calls))
+    bounds = [len(calls) * i // count for i in range(count + 1)]
+    return [calls[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+
+def submit(calls: Sequence[Call], store: Store, run: str, futures: Mapping[str, Any], missing: set[str]) -> Any:
+    """Submit stages behind their inputs.
+
+    The store is the truth and Prefect's cache its index: where an artifact is gone, the cached reference is not
+    believed.
+    """
+    gone = any(call.key in missing for call in calls)
+    chosen = stage_task.with_options(refresh_cache=True) if gone else stage_task
+    title = calls[0].title + (f" and {len(calls) - 1} more" if len(calls) > 1 else "")
+    mine = {call.key for call in calls}
+    needed = {call.key for calling in calls for call in calling.inputs.values()} - mine
+    requests = [{**call.request(store), "on_device": call.on_device} for call in calls]
+    return chosen.submit(title=title, requests=requests, run=run, wait_for=list({futures[key] for key in needed}))

@@ -1,42 +1,93 @@
-"""The main flow: from a task file to a published, labelled dataset."""
+"""Label a dataset, from its task file to a published release: the review queue, the rest, the classifier."""
 
 from __future__ import annotations
 
 import json
 import uuid
-from pathlib import Path
-from typing import Annotated, Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.futures import as_completed
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_RESULTS_LOCAL_STORAGE_PATH, temporary_settings
 from pydantic import Field
 
 from flows import dispatch, observer
+from flows.storage import use_storage_block
+from flows.worker import end_with_worker
 from pipeline.checks import check_task
-from pipeline.device import cuda_devices
 from pipeline.errors import StageFailed
+from pipeline.locations import is_url
 from pipeline.plan import Plan, plan_run
-from pipeline.release import Published, publish, release_path
-from pipeline.settings import Settings
-from pipeline.store import Store
+from pipeline.publishing import Published, publish, release_lease, release_path
+from pipeline.settings import EngineName, Settings
+from pipeline.store import Store, open_store
 from pipeline.task import Task
-from pipeline.worker import StageProcesses
+
+Priority = Literal["ad-hoc", "nightly"]
 
 
 def _run_name() -> str:
     """The run is called after the task file, or after its directory where that is all that tells."""
-    path = Path(flow_run.parameters["task"])
-    return f"label {path.stem if path.stem != 'task' else path.absolute().parent.name}"
+    path = PurePosixPath(flow_run.parameters["task"])
+    name = path.stem if path.stem != "task" else path.parent.name or Path.cwd().name
+    return f"label {name}"
 
 
 @flow(name="label", flow_run_name=_run_name, description=__doc__)
 def label(
-    task: Annotated[str, Field(description="The task file; a relative path starts from CLOZELINE_HOME")],
-    out: Annotated[str | None, Field(description="The release directory; by default what the task says")] = None,
+    task: Annotated[
+        str,
+        Field(
+            title="Task file",
+            description="An absolute path, a URL, or a path relative to the worker's CLOZELINE_HOME.",
+            examples=["/data/tickets/task.yaml", "s3://bucket/tickets/task.yaml"],
+            json_schema_extra={"position": 0},
+        ),
+    ],
+    out: Annotated[
+        str | None,
+        Field(
+            title="Release directory",
+            description="A path or URL; by default what the task file says.",
+            json_schema_extra={"position": 1},
+        ),
+    ] = None,
     overrides: Annotated[
-        list[str] | None, Field(description="dotted.key=value settings that win over the file's")
+        list[str] | None,
+        Field(
+            title="Settings",
+            description="dotted.key=value, each wins over the task file's.",
+            examples=[["training.steps=100", "release.review_budget=200"]],
+            json_schema_extra={"position": 2},
+        ),
+    ] = None,
+    engine: Annotated[
+        EngineName,
+        Field(
+            title="Engine",
+            description="Where stages that run a model are executed: beside this run, on the workers of the pool gpu, "
+            "on Ray, or on Dask. The result is the same.",
+            json_schema_extra={"position": 3},
+        ),
+    ] = "local",
+    priority: Annotated[
+        Priority,
+        Field(
+            title="Priority",
+            description="The queue of the pool gpu that the stages join: ad-hoc goes before nightly.",
+            json_schema_extra={"position": 4},
+        ),
+    ] = "ad-hoc",
+    storage_block: Annotated[
+        str | None,
+        Field(
+            title="Storage block",
+            description="remote-file-system/NAME: a block with the credentials for URLs; by default the environment's.",
+            json_schema_extra={"position": 5},
+        ),
     ] = None,
 ) -> dict[str, Any]:
     """Label a dataset.
@@ -48,47 +99,72 @@ def label(
     Raises:
         InputError: the task or its data is wrong; nothing was run.
     """
+    end_with_worker()
+    use_storage_block(storage_block)
     settings = Settings()
-    loaded = Task.load(settings.home / task, overrides or [])
-    store = Store(settings.store_path)
+    loaded = Task.load(task if is_url(task) else settings.home / task, overrides or [])
+    store = open_store(settings.store_location)
     warnings = check_task(loaded)
-    plan = plan_run(loaded, out)
-    observer.current().planned(plan, plan.to_build(store))
-    run = uuid.uuid4().hex
-    processes = StageProcesses(cuda_devices())
-    dispatch.register(run, processes)
-    executed: list[str] = []
-    try:
-        with temporary_settings({PREFECT_RESULTS_LOCAL_STORAGE_PATH: store.root / "prefect"}):
-            futures: dict[str, Any] = {}
-            for call in plan.calls:
-                futures[call.key] = dispatch.submit(call, store, run, futures)
-            results = {}
-            for call in plan.calls:
-                results[call.key] = futures[call.key].result()
-                observer.current().finished(call.title)
-    finally:
-        executed = dispatch.unregister(run)
-    artifact = store.find(plan.release.stage, plan.release.key)
-    if artifact is None:
-        raise StageFailed("the release stage left nothing in the store")
-    published = publish(artifact, release_path(loaded, out))
-    seconds: dict[str, float] = {}
-    for call in plan.calls:
-        seconds[call.stage] = round(seconds.get(call.stage, 0.0) + results[call.key]["seconds"], 3)
+    release = release_path(loaded, out)
+
+    def waiting(holder: str) -> None:
+        text = f"waiting for another run that publishes to {release}: {holder}"
+        get_run_logger().warning(text)
+        observer.current().waiting(text)
+
+    # Held from the plan on, since the plan depends on what was released before.
+    with release_lease(release, waiting):
+        plan = plan_run(loaded, out)
+        missing = plan.to_build(store)
+        observer.current().planned(plan, missing)
+        references = [(call.stage, call.key) for call in plan.calls]
+        with store.using(references, {"run": str(flow_run.id), "release": release}):
+            dispatcher = dispatch.Dispatcher(engine, store, priority, storage_block)
+            seconds = _run_stages(plan, {call.key for call in missing}, dispatcher)
+            artifact = store.find(plan.release.stage, plan.release.key)
+            if artifact is None:
+                raise StageFailed("the release stage left nothing in the store")
+            published = publish(store.fetch(artifact), release)
+            store.record_release(loaded.name, release, Path(published.path).name, references)
     summary = {
         **artifact.meta,
         "release": str(published.path),
         "new": published.new,
         "warnings": [*warnings, *_left_out(plan, store)],
-        "executed": executed,
+        "executed": dispatcher.executed,
         "seconds": seconds,
     }
     try:
-        _draw(summary, published)
+        _draw(summary, plan, store, published)
     except Exception as error:  # the release is out; a table in the UI is no reason to call the run failed
         get_run_logger().warning("could not draw the artifacts: %s", error)
     return summary
+
+
+def _run_stages(plan: Plan, missing: set[str], dispatcher: dispatch.Dispatcher) -> dict[str, float]:
+    """Run all stages of a plan; returns the seconds of each kind.
+
+    Raises:
+        InputError: the user's data is at fault; whatever else runs is stopped.
+    """
+    run, store = uuid.uuid4().hex, dispatcher.store
+    futures: dict[str, Any] = {}
+    calls_of: dict[Any, list[Any]] = {}
+    seconds = {call.stage: 0.0 for call in plan.calls}
+    cache = {PREFECT_RESULTS_LOCAL_STORAGE_PATH: store.root / "prefect"}
+    with dispatch.registered(run, dispatcher), temporary_settings(cache):
+        for calls in dispatch.grouped(plan, missing, far=dispatcher.far):
+            future = dispatch.submit(calls, store, run, futures, missing)
+            futures |= {call.key: future for call in calls}
+            calls_of[future] = calls
+        for future in as_completed(list(calls_of)):
+            if future.state.name == "NotReady":  # something that it needs failed, and tells more
+                continue
+            done = future.result()
+            for call in calls_of[future]:
+                seconds[call.stage] = round(seconds[call.stage] + done[call.key]["seconds"], 3)
+                observer.current().finished(call.title)
+    return seconds
 
 
 def _left_out(plan: Plan, store: Store) -> list[str]:
@@ -112,17 +188,27 @@ def _left_out(plan: Plan, store: Store) -> list[str]:
     return told
 
 
-def _draw(summary: dict[str, Any], published: Published) -> None:
+def _draw(summary: dict[str, Any], plan: Plan, store: Store, published: Published) -> None:
     """Tables and links in the Prefect UI."""
     name = "".join(c if c.isalnum() else "-" for c in summary["name"].lower())
-    rows = [{"label": label, "rows": count} for label, count in summary["label_counts"].items()]
+    total = max(sum(summary["label_counts"].values()), 1)
+    rows = [
+        {"label": label, "rows": count, "share": f"{100 * count / total:.1f} %"}
+        for label, count in summary["label_counts"].items()
+    ]
     create_table_artifact(rows, key=f"{name}-label-shares", description="Labels given")
-    weights = [{"annotator": who, "weight": weight} for who, weight in summary["weights"].items()]
-    create_table_artifact(weights, key=f"{name}-annotators", description="Annotators and their weights")
+    [blend] = plan.find("blend")
+    found = store.find(blend.stage, blend.key)
+    accuracies = found.meta["cv_accuracy"] if found else [None] * len(summary["weights"])
+    weights = [
+        {"annotator": who, "weight": weight, "cross-validated accuracy": accuracy}
+        for (who, weight), accuracy in zip(summary["weights"].items(), accuracies, strict=True)
+    ]
+    create_table_artifact(weights, key=f"{name}-annotators", description="Annotators, weights and accuracies")
     if summary["test"]:
         tested = [{"method": method, **(found or {})} for method, found in summary["test"].items()]
         create_table_artifact(tested, key=f"{name}-test", description="Accuracy on the test file")
     brief = {key: summary[key] for key in ("release", "new", "rows", "executed", "seconds")}
-    markdown = f"# {published.path.name}\n\n```json\n{json.dumps(brief, indent=1)}\n```\n"
+    markdown = f"# {Path(published.path).name}\n\n```json\n{json.dumps(brief, indent=1)}\n```\n"
     create_markdown_artifact(markdown, key=f"{name}-release", description="The release")
-    create_link_artifact(published.path.as_uri(), key=f"{name}-link", link_text=str(published.path))
+    create_link_artifact(published.uri, key=f"{name}-link", link_text=published.path)

@@ -24,6 +24,12 @@ class Observer(Protocol):
     def built(self, key: str, title: str, seconds: float) -> None:
         """A stage ran to its end."""
 
+    def lost(self, key: str) -> None:
+        """A stage that had begun failed; it may be tried again."""
+
+    def waiting(self, text: str) -> None:
+        """The run waits for another one."""
+
     def finished(self, title: str) -> None:
         """A stage's artifact is there, built or cached."""
 
@@ -41,6 +47,12 @@ class Silent:
         """Say nothing."""
 
     def built(self, key: str, title: str, seconds: float) -> None:
+        """Say nothing."""
+
+    def lost(self, key: str) -> None:
+        """Say nothing."""
+
+    def waiting(self, text: str) -> None:
         """Say nothing."""
 
     def finished(self, title: str) -> None:

@@ -15,6 +15,21 @@ from pipeline.template import TokenIds
 TOKEN_BUDGET = 4096
 # What one more forward and backward pass costs beside its tokens, in tokens: kernels started, weights cast.
 _PASS_TOKENS = 150
+_batch_share = 1.0
+
+
+def set_batch_share(share: float) -> None:
+    """Let this process compute in smaller pieces, after it ran out of memory: ``share`` of the usual size, at most 1.
+
+    A step's effective batch stays as it is, since gradients are accumulated; a result may differ in its last bits.
+    """
+    global _batch_share
+    _batch_share = share
+
+
+def batch_share() -> float:
+    """The share in force."""
+    return _batch_share
 
 
 def by_length(lengths: Sequence[int], token_budget: int = TOKEN_BUDGET) -> list[npt.NDArray[np.int64]]:
@@ -29,6 +44,7 @@ def by_length(lengths: Sequence[int], token_budget: int = TOKEN_BUDGET) -> list[
         memory shows at once.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    token_budget = max(int(token_budget * _batch_share), 1)
     batches, start = [], 0
     while start < len(order):
         longest = max(int(lengths[order[start]]), 1)
@@ -54,7 +70,7 @@ def pad(rows: Sequence[TokenIds], pad_id: int, device: torch.device) -> tuple[to
 
 
 def split_by_length(lengths: Sequence[int]) -> list[npt.NDArray[np.int64]]:
-    """Split the rows of one training step into at most two micro-batches, if that saves padding.
+    """Split the rows of one training step into micro-batches: two if that saves padding, more to spare memory.
 
     One long text among sixteen pads all of them to its length. The step's gradient is the same either way; the
     cost is in padded tokens, plus what a second pass costs.
@@ -63,8 +79,16 @@ def split_by_length(lengths: Sequence[int]) -> list[npt.NDArray[np.int64]]:
         lengths: tokens of each row of the step.
 
     Returns:
-        One or two arrays of positions in ``lengths``.
+        Arrays of positions in ``lengths``; one or two of them, each cut further under a `batch_share` below 1.
     """
+    parts = _two_by_length(lengths)
+    if _batch_share == 1.0:
+        return parts
+    most = max(int(len(lengths) * _batch_share), 1)
+    return [part[at : at + most] for part in parts for at in range(0, len(part), most)]
+
+
+def _two_by_length(lengths: Sequence[int]) -> list[npt.NDArray[np.int64]]:
     order = np.argsort(np.asarray(lengths, dtype=np.int64), kind="stable")
     ordered = np.asarray(lengths, dtype=np.int64)[order]
     rows = len(ordered)

@@ -10,8 +10,10 @@ import pyarrow as pa
 from pipeline import tables
 from pipeline.base_model import EMBEDDED, BaseModel, resolve_base_model
 from pipeline.errors import InputError
+from pipeline.locations import local_path
 from pipeline.release import OWN_COLUMNS
 from pipeline.settings import Settings
+from pipeline.store import open_store
 from pipeline.tables import ColumnRoles
 from pipeline.task import Task
 from pipeline.template import Encoder, Template
@@ -43,20 +45,34 @@ def check_task(task: Task) -> list[str]:
             _masked_lm_head(base, problems)
     _columns(task, problems)
     _files(task, problems, warnings)
-    free = shutil.disk_usage(_existing(Settings().store_path)).free
-    if free < _FREE_BYTES:
-        problems.append(
-            InputError(
-                f"only {free / 1e6:.0f} MB are free where the store lies",
-                where=str(Settings().store_path),
-                fix="free some space or set CLOZELINE_STORE",
-            )
-        )
+    _storage(problems)
     if len(problems) == 1:
         raise problems[0]
     if problems:
         raise InputError("\n".join(f"{i}. {problem}" for i, problem in enumerate(problems, 1)))
     return warnings
+
+
+def _storage(problems: list[InputError]) -> None:
+    """The store can be reached, and there is room on the disk that stages work on."""
+    location = Settings().store_location
+    here = local_path(location)
+    if here is None:
+        try:
+            open_store(location).find("ingest", "0" * 32)
+        except InputError as error:
+            problems.append(error)
+    directory = here or Settings().cache_path
+    free = shutil.disk_usage(_existing(directory)).free
+    if free < _FREE_BYTES:
+        what, setting = ("the store", "CLOZELINE_STORE") if here else ("the copies of remote files", "CLOZELINE_CACHE")
+        problems.append(
+            InputError(
+                f"only {free / 1e6:.0f} MB are free where {what} lie{'s' if here else ''}",
+                where=str(directory),
+                fix=f"free some space or set {setting}",
+            )
+        )
 
 
 def _existing(path: Path) -> Path:
@@ -170,8 +186,7 @@ def _files(task: Task, problems: list[InputError], warnings: list[str]) -> None:
         except InputError as error:
             problems.append(error)
     if inputs.carry and files and not problems:
-        labelled = [task.path(given) for given in (inputs.labelled,) if given is not None]
-        _carried(inputs.carry, [*files, *(path for path in labelled if path.is_file())], problems)
+        _carried(inputs.carry, [*files, *_labelled_file(task)], problems)
     if files and not problems and sum(tables.open_parquet(file).metadata.num_rows for file in files) == 0:
         problems.append(InputError("the unlabelled files hold no row", where="inputs.unlabelled"))
     if files and not problems and task.base_model == EMBEDDED:
@@ -180,8 +195,8 @@ def _files(task: Task, problems: list[InputError], warnings: list[str]) -> None:
         given = getattr(inputs, key)
         if given is None:
             continue
-        path = task.path(given)
         try:
+            path = task.path(given)
             parquet = tables.open_parquet(path)
             tables.check_columns(parquet, ColumnRoles(tuple(inputs.text), label=inputs.label), str(path))
             found = tables.label_names_in(parquet, inputs.label)
@@ -201,6 +216,17 @@ def _files(task: Task, problems: list[InputError], warnings: list[str]) -> None:
             problems.append(error)
     if inputs.labelled is None:
         warnings.append("no labelled rows: the annotators are used as they are (zero-shot)")
+
+
+def _labelled_file(task: Task) -> list[Path]:
+    """The labelled file, if there is one; what is wrong with it is told elsewhere."""
+    if task.inputs.labelled is None:
+        return []
+    try:
+        path = task.path(task.inputs.labelled)
+    except InputError:
+        return []
+    return [path] if path.is_file() else []
 
 
 def _carried(columns: list[str], files: list[Path], problems: list[InputError]) -> None:

@@ -8,9 +8,19 @@ never pays for that import.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+
+from pipeline.settings import Settings
+
+# One directory for everybody on the machine: what it guards is the machine's, not a user's.
+_LOCKS = Path("/tmp/clozeline-devices")
 
 
 @functools.cache
@@ -45,8 +55,45 @@ def numeric_profile(dtype: str = "auto") -> dict[str, str]:
 
     Args:
         dtype: ``auto``, ``float32`` or ``bfloat16``.
+
+    A run may be planned on a machine without a GPU for workers that have one: `Settings.stage_device` tells.
     """
-    device = "cuda" if cuda_devices() else "cpu"
+    device = Settings().stage_device
+    if device == "auto":
+        device = "cuda" if cuda_devices() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" or cpu_multiplies_bf16() else "float32"
     return {"device": device, "dtype": dtype, "torch": ".".join(version("torch").split(".")[:2])}
+
+
+def visible_cuda_devices() -> list[str]:
+    """The CUDA devices that this process sees, by the names under which a child can be given one."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return (named or [str(i) for i in range(cuda_devices())])[: cuda_devices()]
+
+
+def device_name() -> str | None:
+    """What this process's device is called on this machine, or None where processes share the CPU."""
+    if Settings().device is not None:
+        return Settings().device
+    return f"cuda-{visible_cuda_devices()[0]}" if cuda_devices() else None
+
+
+@contextmanager
+def hold_device() -> Iterator[None]:
+    """Hold this process's device, waiting for whatever process of this machine holds it; freed by its death."""
+    name = device_name()
+    if name is None:
+        yield
+        return
+    _LOCKS.mkdir(exist_ok=True)
+    if _LOCKS.stat().st_uid == os.getuid():
+        _LOCKS.chmod(0o1777)
+    path = _LOCKS / re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+    if not path.exists():
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        os.fchmod(descriptor, 0o666)  # another user's process must be able to wait for it too
+        os.close(descriptor)
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

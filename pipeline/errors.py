@@ -43,5 +43,37 @@ class StageLost(ClozelineError):
     """The process that ran a stage went away (killed, out of memory): the stage may go better next time."""
 
 
+class OutOfMemory(StageLost):
+    """A stage wanted more memory than there is: it may fit with half batches."""
+
+
+class StageHung(StageLost):
+    """A stage made no progress for so long that its process was killed."""
+
+
+class RunStopped(ClozelineError):
+    """The run was stopped from outside while a stage was running."""
+
+
 class StoreDamaged(ClozelineError):
     """An artifact in the store does not match its manifest."""
+
+
+def rebuilt(kind: str, message: str) -> ClozelineError:
+    """An error that another process, or another machine, reported by its type's name and its text."""
+    if kind == InputError.__name__:
+        return InputError(message)
+    known = {found.__name__: found for found in _kinds(ClozelineError)}
+    return known.get(kind, StageFailed)(message)
+
+
+def _kinds(kind: type[ClozelineError]) -> list[type[ClozelineError]]:
+    return [kind, *(found for child in kind.__subclasses__() for found in _kinds(child))]
+
+
+class StorageTrouble(ClozelineError):
+    """A storage behind a URL did not answer as it should (time-outs, 5xx, broken connections): try again later."""
+
+
+class LeaseLost(StorageTrouble):
+    """A lease was taken over by another process, since it had not been renewed in time."""

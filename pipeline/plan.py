@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.base_model import BaseModel, resolve_base_model
 from pipeline.device import numeric_profile
-from pipeline.release import latest_manifest, release_path
+from pipeline.publishing import latest_manifest, release_path
 from pipeline.store import Store, key_of, sha256_of
 from pipeline.tables import open_parquet
 from pipeline.task import Task
@@ -26,10 +26,10 @@ STAGE_VERSIONS = {
     "ingest": 1,
     "prepare": 1,
     "sample": 1,
-    "fit": 1,
+    "fit": 2,
     "annotate": 1,
     "blend": 1,
-    "distill": 1,
+    "distill": 2,
     "label": 1,
     "route": 1,
     "evaluate": 1,
@@ -111,7 +111,7 @@ class Call:
             "spec": dict(self.spec),
             "inputs": {name: [call.stage, call.key] for name, call in self.inputs.items()},
             "where": dict(self.where),
-            "store": str(store.root),
+            "store": store.location,
             "title": self.title,
         }
 
@@ -199,7 +199,7 @@ class _Planner:
             spec |= {"label": inputs.label, "labels": self.labels, "distinct": distinct}
         texts = {key: value for key, value in spec.items() if key not in {"id", "carry", "on_bad_rows"}}
         texts["version"] = STAGE_VERSIONS["ingest"]
-        return self.add(Call("ingest", spec, where={"file": str(file.absolute())}, label=name, texts=texts))
+        return self.add(Call("ingest", spec, where={"file": self.task.source_of(file)}, label=name, texts=texts))
 
     def plan(self) -> Plan:
         task, inputs = self.task, self.task.inputs

@@ -12,35 +12,55 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import tables
+from pipeline import locations, tables, transfer
 from pipeline.device import numeric_profile
 from pipeline.errors import InputError
+from pipeline.settings import Settings
 from pipeline.student import SETTINGS, Student, shifted
 from pipeline.tables import ColumnRoles
 
 ADDED = ("predicted", "predicted_name", "predicted_confidence", "predicted_probs")
 
 
-def find_student(path: Path) -> Path:
-    """The student's directory, given a release path, one of its versions, or the student itself.
+def find_student(path: Path | str) -> Path:
+    """The student's directory, given a release path or URL, one of its versions, or the student itself.
+
+    Args:
+        path: what lies behind a URL is fetched into the cache of this machine.
 
     Raises:
         InputError: there is none.
     """
+    here = locations.local_path(path)
+    found = _remote_student(str(path)) if here is None else _local_student(here)
+    if found is None:
+        raise InputError(
+            "this is neither a release nor a student",
+            where=str(path),
+            fix="give a release's directory or URL, or its model/",
+        )
+    return found
+
+
+def _local_student(path: Path) -> Path | None:
     candidates = [path, path / "model"]
     try:
         latest = (path / "LATEST").read_text(encoding="utf-8").strip()
         candidates.append(path / "versions" / latest / "model")
     except OSError:
         pass
+    return next((candidate for candidate in candidates if (candidate / SETTINGS).is_file()), None)
+
+
+def _remote_student(url: str) -> Path | None:
+    candidates = [url, locations.join(url, "model")]
+    latest = locations.read(locations.join(url, "LATEST"))
+    if latest is not None:
+        candidates.append(locations.join(url, "versions", latest.decode().strip(), "model"))
     for candidate in candidates:
-        if (candidate / SETTINGS).is_file():
-            return candidate
-    raise InputError(
-        "this is neither a release nor a student",
-        where=str(path),
-        fix="give a release's directory, or its model/",
-    )
+        if locations.read(locations.join(candidate, SETTINGS)) is not None:
+            return transfer.fetch_tree(candidate, Settings().cache_path)
+    return None
 
 
 def _footer(source: pa.Schema, added: Any) -> dict[bytes, bytes]:
@@ -56,7 +76,7 @@ def _footer(source: pa.Schema, added: Any) -> dict[bytes, bytes]:
 
 
 def predict_file(
-    student: Path, source: Path, target: Path, progress: Callable[[int, int], None] = lambda done, total: None
+    student: Path | str, source: Path, target: Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> int:
     """Write a copy of a Parquet file with the student's label, confidence and distribution for each row.
 

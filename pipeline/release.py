@@ -1,17 +1,13 @@
-"""The labelled dataset: its row schema, its files, and how a version is published.
+"""The labelled dataset: its row schema and its files, written whole inside the store.
 
-A version is written whole inside the store first; publishing copies it under the release path, renames it into
-place and moves ``LATEST`` last. Unchanged inputs give the version that is there already.
+`pipeline.publishing` copies them under a release path.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
@@ -23,15 +19,12 @@ import pyarrow.parquet as pq
 
 from pipeline import tables
 from pipeline.ensemble import disagreement, margin
-from pipeline.errors import InputError
 from pipeline.exports import export_queue
 from pipeline.prepare import renames_of
 from pipeline.report import dataset_card, html_report
 from pipeline.routing import ROUTES, priorities, reasons
-from pipeline.settings import Settings
-from pipeline.store import Artifact, locked, sha256_of, sync_tree, write_atomically
+from pipeline.store import Artifact, sha256_of
 from pipeline.tables import CARRY, TEXT, Floats, Rows, from_lists, to_lists
-from pipeline.task import Task
 
 SCHEMA_VERSION = 1
 ROWS_PER_FILE = 500_000
@@ -338,72 +331,3 @@ def _cast(column: Any, kind: pa.DataType) -> pa.Array:
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     return column if column.type == kind else pc.cast(column, kind)
-
-
-@dataclass(frozen=True)
-class Published:
-    """A version under a release path.
-
-    Attributes:
-        path: its directory.
-        new: false where it was there already.
-    """
-
-    path: Path
-    new: bool
-
-
-def release_path(task: Task, out: str | None) -> Path:
-    """Where a task's versions are published: the command's word, then the task's, then the default."""
-    if out is not None:
-        return Path(out).absolute()
-    return task.path(task.release.path).absolute() if task.release.path else Settings().release_path(task.name)
-
-
-def latest_manifest(release: Path) -> dict[str, Any] | None:
-    """The manifest of the version that LATEST names, or None where there is none."""
-    try:
-        name = (release / "LATEST").read_text(encoding="utf-8").strip()
-        manifest: dict[str, Any] = json.loads((release / "versions" / name / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return manifest
-
-
-def publish(artifact: Artifact, release: Path) -> Published:
-    """Publish a release artifact under a release path, once.
-
-    Args:
-        artifact: what the release stage left.
-        release: the release directory; created when missing.
-
-    Raises:
-        InputError: it can't be written.
-    """
-    try:
-        (release / "versions").mkdir(parents=True, exist_ok=True)
-        with locked(release / ".lock"):
-            return _publish(artifact, release)
-    except OSError as error:
-        raise InputError(f"can't write the release: {error}", where=str(release), fix="choose another --out") from error
-
-
-def _publish(artifact: Artifact, release: Path) -> Published:
-    versions = release / "versions"
-    for litter in versions.glob(".tmp-*"):
-        shutil.rmtree(litter, ignore_errors=True)
-    there = sorted(path for path in versions.iterdir() if (path / "_SUCCESS").is_file())
-    name = next((path.name for path in there if path.name.endswith("-" + artifact.key[:8])), None)
-    if name is not None and (release / "LATEST").is_file() and (release / "LATEST").read_text().strip() == name:
-        return Published(versions / name, new=False)
-    new = name is None
-    if name is None:
-        number = 1 + max((int(path.name.split("-")[0]) for path in there), default=0)
-        name = f"{number:04d}-{artifact.key[:8]}"
-        temporary = versions / f".tmp-{uuid.uuid4().hex[:8]}"
-        shutil.copytree(artifact.path / VERSION, temporary)
-        (temporary / "_SUCCESS").touch()
-        sync_tree(temporary)
-        temporary.rename(versions / name)
-    write_atomically(release / "LATEST", name + "\n")
-    return Published(versions / name, new=new)

@@ -1,25 +1,65 @@
-"""Where things are kept, from environment variables that begin with ``CLOZELINE_``."""
+"""Where things are kept and run, from environment variables that begin with ``CLOZELINE_``.
+
+None of them changes a byte of a result: they say where and by whom work is done, a task file says what it is.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+EngineName = Literal["local", "pool", "ray", "dask"]
+ENGINES: tuple[str, ...] = get_args(EngineName)
+
 
 class Settings(BaseSettings):
-    """The settings of this machine; none of them changes a byte of a result."""
+    """The settings of this machine."""
 
     model_config = SettingsConfigDict(env_prefix="CLOZELINE_")
 
     home: Path = Field(Path(), description="what relative task paths of deployments start from")
-    store: Path | None = Field(None, description="the artifact store; by default HOME/.clozeline/store")
+    store: str | None = Field(
+        None, description="the artifact store: a directory or an fsspec URL; by default HOME/.clozeline/store"
+    )
+    cache: Path | None = Field(
+        None,
+        description="where this machine keeps copies of what lies behind a URL; by default HOME/.clozeline/cache",
+    )
+    engine: EngineName = Field("local", description="where stages that run a model are executed")
+    device: str | None = Field(
+        None,
+        description="the name of the device that this process stands for, where there is no GPU; two processes of one "
+        "name never run a model at the same time",
+    )
+    stage_device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="on what runs are planned to compute; set it where the machine that plans has another kind of "
+        "device than the workers",
+    )
+    stage_timeout: float = Field(
+        1800, gt=0, description="seconds without progress after which a stage's process is killed and tried again"
+    )
+    stage_memory: int | None = Field(
+        None, gt=0, description="MiB that a stage's process may allocate; over it, it is tried again with half batches"
+    )
+    ray_address: str | None = Field(None, description="the Ray cluster of the engine ray; by default one is started")
+    dask_address: str | None = Field(
+        None, description="the Dask scheduler of the engine dask; by default one is started"
+    )
 
     @property
-    def store_path(self) -> Path:
-        """The store's directory."""
-        return (self.store or self.home / ".clozeline" / "store").absolute()
+    def store_location(self) -> str:
+        """The store's directory or URL."""
+        given = self.store or str(self.home / ".clozeline" / "store")
+        return given if "://" in given else str(Path(given).absolute())
+
+    @property
+    def cache_path(self) -> Path:
+        """The directory of local copies."""
+        return (self.cache or self.home / ".clozeline" / "cache").absolute()
 
     def release_path(self, name: str) -> Path:
         """Where releases go when neither the task nor the command says."""

@@ -11,7 +11,9 @@ import gc
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +25,20 @@ import pyarrow.parquet as pq
 
 from pipeline import tables
 from pipeline.annotators import Labelled, method
-from pipeline.base_model import BaseModel
+from pipeline.base_model import EMBEDDED, BaseModel, resolve_base_model
+from pipeline.batching import batch_share
 from pipeline.cross_validation import stratified_folds
+from pipeline.device import device_name, numeric_profile
 from pipeline.ensemble import blend, disagreement, majority, margin, match_prior, shrunk_weights
 from pipeline.errors import ClozelineError, InputError
 from pipeline.metrics import classification_metrics
 from pipeline.prepare import prepare_rows
 from pipeline.routing import CANDIDATES_PER_ROW, lowest
-from pipeline.store import Artifact, Store, sha256_of
+from pipeline.settings import Settings
+from pipeline.store import Artifact, open_store, sha256_of
 from pipeline.tables import ColumnRoles, Floats, Rows, from_lists, texts_of, to_lists
 from pipeline.training import seed_of
+from pipeline.transfer import fetch_file
 
 Progress = Callable[[int, int], None]
 
@@ -62,10 +68,20 @@ class Job:
         return [self.inputs[name] for name in sorted(self.inputs) if name.startswith(prefix + ":")]
 
     def base(self) -> BaseModel:
-        """The base model, as located by the plan."""
-        path = Path(self.where["base"])
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return BaseModel(self.where["base_name"], path, "", config)
+        """The base model, found anew on this machine: only a directory lies where the plan saw it.
+
+        Raises:
+            InputError: it is not there, or is another one.
+        """
+        name = self.where["base_name"]
+        found = resolve_base_model(name if name == EMBEDDED or "@" in name else self.where["base"])
+        if self.spec.get("base", found.weights) != found.weights:
+            raise InputError(
+                "the base model on this machine is not the one that the run was planned with",
+                where=str(found.path),
+                fix="install the same version of clozeline, or put the same directory, on every machine",
+            )
+        return found
 
     def labelled(self) -> Labelled:
         """The labelled rows, or none."""
@@ -440,12 +456,17 @@ STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {
 }
 
 
-def run_stage(request: Mapping[str, Any], progress: Progress = lambda done, total: None) -> tuple[Artifact, bool]:
+def run_stage(
+    request: Mapping[str, Any],
+    progress: Progress = lambda done, total: None,
+    building: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> tuple[Artifact, bool]:
     """Run one stage, unless the store has its artifact.
 
     Args:
         request: what `pipeline.plan.Call.request` gives.
         progress: called with work done and work in all.
+        building: entered once it is sure that the artifact must be built, here and now; held while it is.
 
     Returns:
         The artifact, and whether it was built just now.
@@ -454,30 +475,52 @@ def run_stage(request: Mapping[str, Any], progress: Progress = lambda done, tota
         InputError: the user's data is at fault.
         ClozelineError: an input is missing from the store.
     """
-    store = Store(Path(request["store"]))
-    inputs = {}
-    for name, (stage, key) in request["inputs"].items():
-        found = store.find(stage, key)
-        if found is None:
-            raise ClozelineError(f"{request['title']} needs {stage}/{key}, which the store does not have")
-        inputs[name] = found
-
-    built = False
+    store = open_store(request["store"])
+    mine = (request["stage"], request["key"])
+    references = {name: (stage, key) for name, (stage, key) in request["inputs"].items()}
+    built, record = False, dict[str, Any]()
+    planned, here = request["spec"].get("profile"), numeric_profile()
+    if planned is not None and any(planned[name] != here[name] for name in ("device", "torch")):
+        raise InputError(
+            f"the run was planned for {planned['device']} with torch {planned['torch']}, and this machine has "
+            f"{here['device']} with torch {here['torch']}",
+            where=request["title"],
+            fix="set CLOZELINE_STAGE_DEVICE where runs are planned to what the workers have",
+        )
 
     def build(out: Path) -> dict[str, Any]:
         nonlocal built
         built = True
+        inputs = {}
+        for name, reference in references.items():
+            found = store.find(*reference)
+            if found is None:
+                raise ClozelineError(f"{request['title']} needs {'/'.join(reference)}, which the store does not have")
+            inputs[name] = store.fetch(found)
         for artifact in {artifact.path: artifact for artifact in inputs.values()}.values():
             artifact.verify()
-        job = Job(request["spec"], inputs, request["where"], request["key"], out, progress)
-        return STAGES[request["stage"]](job)
+        job = Job(request["spec"], inputs, _located(request["where"]), request["key"], out, progress)
+        with building():
+            started = time.time()
+            meta = STAGES[request["stage"]](job)
+        # Where and in which pieces it was computed; waiting for a device is no part of its time.
+        record.update(started=started, seconds=round(time.time() - started, 3), batch_share=batch_share())
+        if request.get("on_device"):
+            record["device"] = device_name()
+        return meta
 
     header = {
         "version": request["version"],
         "spec": request["spec"],
-        "inputs": {name: list(reference) for name, reference in request["inputs"].items()},
+        "inputs": {name: list(reference) for name, reference in references.items()},
     }
-    return store.get_or_build(request["stage"], request["key"], build, header), built
+    with store.using([mine, *references.values()], {"stage": request["title"]}):
+        return store.get_or_build(*mine, build, header, record), built
+
+
+def _located(where: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Locations on this machine: a user's file behind a URL is fetched by whoever reads it."""
+    return {**where, "file": fetch_file(where["file"], Settings().cache_path)} if "file" in where else where
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@ The store is the truth about what has been computed. An artifact is ``<root>/<st
 a temporary name and renamed into place while a lock is held, and the lock (flock) dies with its holder. A
 process killed at any moment leaves either the whole artifact or none, and litter under ``tmp/`` that the next
 build of the same key sweeps.
+
+`open_store` gives the store of a location: this one for a directory, `pipeline.remote_store.RemoteStore` for
+any other fsspec URL. Beside artifacts both hold ``uses/`` (what running work needs) and ``released/`` (what was
+published), from which `pipeline.housekeeping` tells what may go.
 """
 
 from __future__ import annotations
@@ -16,17 +20,23 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, StoreDamaged
+from pipeline.leases import holder, locked
+from pipeline.locations import local_path
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
+USES, RELEASED, LOCKS, TEMPORARY = "uses", "released", "locks", "tmp"
 Json = Any
+Reference = tuple[str, str]
+Build = Callable[[Path], Mapping[str, Json]]
 
 
 def canonical_json(value: Json) -> str:
@@ -66,26 +76,19 @@ def sync_tree(root: Path) -> None:
                 os.close(descriptor)
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; the kernel drops it when its holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 @dataclass(frozen=True)
 class Artifact:
     """What a stage left in the store.
 
     Attributes:
-        path: its directory.
+        path: its directory on this machine; behind a URL it is there once `Store.fetch` has been called.
         manifest: inputs, settings, files with their hashes, and what the stage says of it (``meta``).
+        run: what differs between equal builds: ``seconds``, ``host``, ``started``.
     """
 
     path: Path
     manifest: dict[str, Json]
+    run: dict[str, Json]
 
     @property
     def key(self) -> str:
@@ -100,7 +103,7 @@ class Artifact:
     @property
     def seconds(self) -> float:
         """How long it took to build."""
-        return float(json.loads((self.path / RUN).read_text())["seconds"])
+        return float(self.run["seconds"])
 
     def verify(self) -> None:
         """Compare every file with its hash.
@@ -114,25 +117,46 @@ class Artifact:
                 raise StoreDamaged(f"{file} does not match its manifest; delete {self.path} and run again")
 
 
+def open_store(location: str | Path) -> Store:
+    """The store at a directory or behind an fsspec URL.
+
+    Raises:
+        InputError: it can't be reached or written.
+    """
+    path = local_path(location)
+    if path is not None:
+        return Store(path)
+    from pipeline.remote_store import RemoteStore
+
+    return RemoteStore(str(location))
+
+
 class Store:
     """A directory of artifacts.
 
     Args:
         root: created when missing.
 
+    Attributes:
+        location: what another process opens it by.
+        root: its directory on this machine.
+
     Raises:
         InputError: the directory can't be written.
     """
 
+    setting = "CLOZELINE_STORE"
+
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        self.location = str(self.root)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"can't write the store: {error}",
                 where=str(root),
-                fix="set CLOZELINE_STORE to another directory",
+                fix=f"set {self.setting} to another directory",
             ) from error
 
     def path_of(self, stage: str, key: str) -> Path:
@@ -141,16 +165,18 @@ class Store:
 
     def find(self, stage: str, key: str) -> Artifact | None:
         """The artifact, if it is there and its files have the sizes that the manifest states."""
-        path = self.path_of(stage, key)
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            whole = all((path / name).stat().st_size == f["bytes"] for name, f in manifest["files"].items())
-        except (OSError, ValueError, KeyError):
-            return None
-        return Artifact(path, manifest) if whole else None
+        return artifact_in(self.path_of(stage, key))
+
+    def fetch(self, artifact: Artifact) -> Artifact:
+        """The same artifact with its files on this machine.
+
+        Raises:
+            StoreDamaged: they are not what the manifest says.
+        """
+        return artifact
 
     def get_or_build(
-        self, stage: str, key: str, build: Callable[[Path], Mapping[str, Json]], header: Mapping[str, Json]
+        self, stage: str, key: str, build: Build, header: Mapping[str, Json], record: Mapping[str, Json] | None = None
     ) -> Artifact:
         """Return the artifact, building it if it is not there.
 
@@ -159,54 +185,133 @@ class Store:
             key: its content key.
             build: writes the files into the directory it is given and returns the ``meta`` of the manifest.
             header: inputs and settings for the manifest.
+            record: for ``run.json``, read once ``build`` has returned: what differs between equal runs.
 
         Two builders of one key take turns, and the second finds what the first left.
         """
         found = self.find(stage, key)
         if found:
             return found
-        with locked(self.root / "locks" / f"{stage}-{key}"):
+        with locked(self.root / LOCKS / f"{stage}-{key}"):
             found = self.find(stage, key)
             if found:
                 return found
-            temporary_root = self.root / "tmp"
-            temporary_root.mkdir(exist_ok=True)
-            for litter in temporary_root.glob(f"{stage}-{key}-*"):
-                shutil.rmtree(litter, ignore_errors=True)
-            temporary = temporary_root / f"{stage}-{key}-{uuid.uuid4().hex[:8]}"
-            temporary.mkdir()
-            try:
-                self._build_into(temporary, stage, key, build, header)
+            with self._built(stage, key, build, header, record) as temporary:
                 final = self.path_of(stage, key)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 if final.exists():  # there, yet find() did not accept it: a damaged artifact gives way
-                    os.rename(final, temporary_root / f"{stage}-{key}-{uuid.uuid4().hex[:8]}")
+                    os.rename(final, self._temporary(stage, key))
                 os.rename(temporary, final)
-            finally:
-                for litter in temporary_root.glob(f"{stage}-{key}-*"):
-                    shutil.rmtree(litter, ignore_errors=True)
         built = self.find(stage, key)
         if built is None:
             raise StoreDamaged(f"{self.path_of(stage, key)} vanished while it was being published")
         return built
 
-    def _build_into(
-        self,
-        directory: Path,
-        stage: str,
-        key: str,
-        build: Callable[[Path], Mapping[str, Json]],
-        header: Mapping[str, Json],
-    ) -> None:
-        started = time.time()
-        meta = dict(build(directory))
-        run = {"seconds": round(time.time() - started, 3), "host": socket.gethostname(), "started": started}
-        files = {
-            str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in sorted(directory.rglob("*"))
-            if path.is_file()
+    def _temporary(self, stage: str, key: str) -> Path:
+        return self.root / TEMPORARY / f"{stage}-{key}-{uuid.uuid4().hex[:8]}"
+
+    @contextmanager
+    def _built(
+        self, stage: str, key: str, build: Build, header: Mapping[str, Json], record: Mapping[str, Json] | None
+    ) -> Iterator[Path]:
+        """A whole artifact under a temporary name; what is left of it at the end of the block is removed."""
+        temporary = self._temporary(stage, key)
+        self._sweep(stage, key)
+        temporary.mkdir(parents=True)
+        try:
+            _build_into(temporary, stage, key, build, header, {} if record is None else record)
+            yield temporary
+        finally:
+            self._sweep(stage, key)
+
+    def _sweep(self, stage: str, key: str) -> None:
+        for litter in (self.root / TEMPORARY).glob(f"{stage}-{key}-*"):
+            shutil.rmtree(litter, ignore_errors=True)
+
+    @contextmanager
+    def using(self, references: Iterable[Reference], about: Mapping[str, Json]) -> Iterator[None]:
+        """Keep artifacts from being collected while a block runs, whether they are there yet or not.
+
+        Args:
+            references: stage and key of each.
+            about: what needs them, for people (``title``, ``run``, ...).
+
+        A block that fails, or is killed, leaves its word behind, so that what it had done outlives the failure
+        for some days.
+        """
+        name = f"{uuid.uuid4().hex}.json"
+        record = self.root / USES / name
+        record.parent.mkdir(exist_ok=True)
+        with (record.parent / f".{name}").open("w", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(use_record(references, about))
+            file.flush()
+            with locked(self.root / LOCKS / "gc", shared=True):
+                os.rename(file.name, record)
+            yield
+            record.unlink(missing_ok=True)
+
+    def record_release(self, name: str, release_location: str, version: str, references: Iterable[Reference]) -> None:
+        """Note what a published version was made of.
+
+        Args:
+            name: the task's name.
+            release_location: the release path or URL.
+            version: the version's name under it.
+            references: stage and key of each artifact of its plan.
+        """
+        now = datetime.now(UTC)
+        record = {
+            "name": name,
+            "release": release_location,
+            "version": version,
+            "time": now.timestamp(),
+            "references": sorted({tuple(reference) for reference in references}),
         }
-        (directory / RUN).write_text(canonical_json(run), encoding="utf-8")
-        manifest = {"stage": stage, "key": key, **header, "files": files, "meta": meta}
-        (directory / MANIFEST).write_text(canonical_json(manifest), encoding="utf-8")
-        sync_tree(directory)
+        self._put(f"{RELEASED}/{now:%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex}.json", canonical_json(record))
+
+    def _put(self, name: str, text: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+
+
+def use_record(references: Iterable[Reference], about: Mapping[str, Json]) -> str:
+    """The content of a file under ``uses/``."""
+    return canonical_json(
+        {
+            "about": dict(about),
+            "holder": holder(),
+            "time": time.time(),
+            "references": sorted({tuple(reference) for reference in references}),
+        }
+    )
+
+
+def artifact_in(path: Path) -> Artifact | None:
+    """The artifact in a directory, if its files have the sizes that the manifest states."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        run = json.loads((path / RUN).read_text(encoding="utf-8"))
+        whole = all((path / name).stat().st_size == f["bytes"] for name, f in manifest["files"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return Artifact(path, manifest, run) if whole else None
+
+
+def _build_into(
+    directory: Path, stage: str, key: str, build: Build, header: Mapping[str, Json], record: Mapping[str, Json]
+) -> None:
+    started = time.time()
+    meta = dict(build(directory))
+    seconds = round(time.time() - started, 3)
+    run = {"seconds": seconds, "host": socket.gethostname(), "started": started, **record}
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    (directory / RUN).write_text(canonical_json(run), encoding="utf-8")
+    manifest = {"stage": stage, "key": key, **header, "files": files, "meta": meta}
+    (directory / MANIFEST).write_text(canonical_json(manifest), encoding="utf-8")
+    sync_tree(directory)

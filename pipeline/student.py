@@ -164,22 +164,20 @@ def distill(
         hard = F.one_hot(torch.from_numpy(labelled.labels), len(spec["labels"])).float()
         parts.append((student.encode(labelled.texts), hard, 1.0, epochs(len(labelled), rows, seed_of(seed, "hard"))))
 
-    def loss_of_step(step: int) -> torch.Tensor:
+    def losses_of_step(step: int) -> Iterator[torch.Tensor]:
         chosen = [(rows, target, t, next(order)) for rows, target, t, order in parts]
         total = sum(len(numbers) for *_, numbers in chosen)
-        loss = torch.zeros((), device=student.device)
         with student.autocast():
             for rows, target, t, numbers in chosen:
                 for part in split_by_length([len(rows[i]) for i in numbers]):
                     some = numbers[part]
                     scores = student.logits([rows[i] for i in some])
                     wanted = target[some].to(student.device)
-                    loss = loss + F.kl_div((scores / t).log_softmax(-1), wanted, reduction="sum") * t * t / total
-        return loss
+                    yield F.kl_div((scores / t).log_softmax(-1), wanted, reduction="sum") * t * t / total
 
     run_training(
         student.model,
-        loss_of_step,
+        losses_of_step,
         steps=spec["steps"],
         learning_rate=spec["learning_rate"],
         seed=seed,

@@ -1,7 +1,8 @@
 """The task file: what is to be labelled, and how.
 
-A task is YAML, validated before anything else happens. Paths in it are relative to the file. The smallest
-useful one names the labels with a word each, the Parquet files and two patterns; everything else has a
+A task is YAML, validated before anything else happens. Paths in it are relative to the file, which may lie behind
+an fsspec URL, as may whatever it names; what lies behind a URL is fetched into the cache of this machine. The
+smallest useful one names the labels with a word each, the Parquet files and two patterns; everything else has a
 default. Unknown keys are errors that name the nearest known key.
 """
 
@@ -12,6 +13,7 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,14 +23,19 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from pipeline import locations, transfer
 from pipeline.errors import InputError
+from pipeline.settings import Settings
 from pipeline.tables import is_readable
 from pipeline.template import Template
+
+_OWN = ("root", "base_url")  # the library's own fields, not keys of the file
 
 
 def _listed(value: Any) -> Any:
@@ -206,6 +213,8 @@ class Task(Section):
     student: Student = Student()
     release: Release = Release()
     root: Path = Field(default=Path("."), exclude=True)
+    base_url: str | None = Field(None, exclude=True)
+    _sources: dict[Path, str] = PrivateAttr(default_factory=dict)
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -272,9 +281,29 @@ class Task(Section):
         """What the student reads."""
         return self.student.template or " ".join("{" + column + "}" for column in self.inputs.text)
 
+    def locate(self, given: str) -> str:
+        """A path or URL of the file, relative to the file."""
+        if locations.is_url(given) or Path(given).is_absolute():
+            return given
+        return locations.join(self.base_url, given) if self.base_url else str(self.root / given)
+
     def path(self, given: str) -> Path:
-        """A path of the file, relative to the file."""
-        return Path(given) if Path(given).is_absolute() else self.root / given
+        """A file of the task on this machine; what lies behind a URL is fetched.
+
+        Raises:
+            InputError: there is no such file behind the URL.
+        """
+        return self._fetch(self.locate(given))
+
+    def source_of(self, file: Path) -> str:
+        """Where a file that `path` or `matched_files` gave lies, for whatever machine reads it."""
+        return self._sources.get(file) or str(file.absolute())
+
+    def _fetch(self, location: str) -> Path:
+        file = transfer.fetch_file(location, Settings().cache_path)
+        if locations.local_path(location) is None:
+            self._sources[file] = location
+        return file
 
     def unlabelled_files(self) -> list[Path]:
         """The Parquet files to label, sorted by path, each once, unreadable ones left out if told to.
@@ -300,37 +329,44 @@ class Task(Section):
         """
         found: dict[Path, None] = {}
         for given in self.inputs.unlabelled:
-            # The pattern alone is a glob: the task's own directory may have brackets in its name.
-            where = given if Path(given).is_absolute() else os.path.join(glob.escape(str(self.root)), given)
-            matches = sorted(glob.glob(where, recursive=True))
+            matches = self._matches(given)
             if not matches:
                 raise InputError(
                     f"no file matches {given!r}",
-                    where=f"inputs.unlabelled (looked in {self.root.resolve()})",
+                    where=f"inputs.unlabelled (looked in {self.base_url or self.root.resolve()})",
                     fix="paths are relative to the task file",
                 )
-            found.update(dict.fromkeys(Path(match) for match in matches))
+            found.update(dict.fromkeys(matches))
         return list(found)
+
+    def _matches(self, given: str) -> list[Path]:
+        # The pattern alone is a glob: the task's own directory may have brackets in its name.
+        where = given
+        if not locations.is_url(given) and not Path(given).is_absolute():
+            root = glob.escape(self.base_url or str(self.root))
+            where = locations.join(root, given) if self.base_url else os.path.join(root, given)
+        here = locations.local_path(where)
+        if here is not None:
+            return [Path(match) for match in sorted(glob.glob(str(here), recursive=True))]
+        single = where.startswith(("http://", "https://")) or not glob.has_magic(given)
+        urls = [self.locate(given)] if single else locations.matches(where)
+        with ThreadPoolExecutor(locations.AT_ONCE) as pool:
+            return list(pool.map(self._fetch, urls))
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Task:
         """Read a task file.
 
         Args:
-            path: the YAML file.
+            path: the YAML file, or its URL.
             overrides: ``dotted.key=value`` settings that win over the file's; values are YAML.
 
         Raises:
             InputError: the file is missing, is not YAML, or does not describe a task; all mistakes are told
                 at once, each with its line.
         """
-        path = Path(path)
-        try:
-            source = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"can't read the task file: {error}", where=str(path), fix="`clozeline init` writes one"
-            ) from error
+        here = locations.local_path(path)
+        source = _source(path)
         try:
             node = yaml.compose(source, Loader=yaml.SafeLoader)
             raw = yaml.safe_load(source)
@@ -340,31 +376,65 @@ class Task(Section):
             raise InputError("a task file is a mapping of keys to values", where=str(path))
         for override in overrides:
             _apply(raw, override)
-        fallback = path.stem if path.stem != "task" else path.resolve().parent.name
+        root: Path | str = locations.parent(str(path)) if here is None else here.parent
+        file = Path(str(path)) if here is None else here.resolve()
+        fallback = file.stem if file.stem != "task" else file.parent.name
         raw.setdefault("name", re.sub(r"[^A-Za-z0-9_-]+", "-", fallback).strip("-_")[:64] or "task")
-        return cls.from_dict(raw, root=path.parent, where=str(path), node=node)
+        return cls.from_dict(raw, root=root, where=str(path), node=node)
 
     @classmethod
     def from_dict(
         cls,
         raw: Mapping[str, Any],
         *,
-        root: Path = Path("."),
+        root: Path | str = Path("."),
         where: str = "task",
         node: yaml.Node | None = None,
     ) -> Task:
-        """Validate a task given as a mapping; `root` is what its paths are relative to.
+        """Validate a task given as a mapping; `root` is what its paths are relative to: a directory or a URL.
 
         Raises:
             InputError: it does not describe a task.
         """
-        if "root" in raw:  # the library's own field, not a key of the file
-            raise InputError(f"{where}: unknown key 'root'", fix="paths are relative to the task file")
+        for own in _OWN:
+            if own in raw:
+                raise InputError(f"{where}: unknown key {own!r}", fix="paths are relative to the task file")
+        given: dict[str, Any] = {**raw, "root": Path(".") if isinstance(root, str) else root}
+        if isinstance(root, str):
+            given["base_url"] = root
+        given |= _fetched_base_model(raw.get("base_model"), given.get("base_url"))
         try:
-            return cls.model_validate({**raw, "root": root})
+            return cls.model_validate(given)
         except ValidationError as error:
             told = [_tell(cls, problem, where, node) for problem in error.errors()]
             raise InputError("\n".join(told), fix="`clozeline init` shows every key in a commented file") from None
+
+
+def _source(path: str | Path) -> str:
+    """The text of a task file."""
+    here = locations.local_path(path)
+    try:
+        if here is not None:
+            return here.read_text(encoding="utf-8")
+        content = locations.read(str(path))
+        if content is None:
+            raise FileNotFoundError("there is no such file")
+        return content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"can't read the task file: {error}", where=str(path), fix="`clozeline init` writes one"
+        ) from error
+
+
+def _fetched_base_model(name: Any, base_url: str | None) -> dict[str, str]:
+    """The key `base_model` with a copy on this machine, where it names a directory behind a URL."""
+    if not isinstance(name, str) or name == "embedded" or "@" in name or Path(name).is_absolute():
+        return {}
+    url = name if locations.is_url(name) else base_url and locations.join(base_url, name)
+    if url is None or url.startswith(("http://", "https://")):
+        return {}
+    here = locations.local_path(url) or transfer.fetch_tree(url, Settings().cache_path)
+    return {} if here is None else {"base_model": str(here)}
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -403,7 +473,7 @@ def _known_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[s
         if field is None:
             return []
         at = next((kind for kind in _models_in(field.annotation)), None)
-    return [key for key in at.model_fields if key != "root"] if at is not None else []
+    return [key for key in at.model_fields if key not in _OWN] if at is not None else []
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def prepare_for_few_steps(model: Any, *, dropout: float | None, freeze_embedding
 
 def train(
     model: nn.Module,
-    loss_of_step: Callable[[int], torch.Tensor],
+    losses_of_step: Callable[[int], Iterable[torch.Tensor]],
     *,
     steps: int,
     learning_rate: float,
@@ -74,7 +74,8 @@ def train(
 
     Args:
         model: its parameters with ``requires_grad`` are trained.
-        loss_of_step: gives the loss of a step, a scalar with a graph.
+        losses_of_step: gives the loss of a step as addends, scalars with a graph each; a graph is freed before the
+            next addend is asked for, so that memory holds one micro-batch.
         steps: optimizer steps; the learning rate falls linearly to zero over them.
         learning_rate: of the pretrained weights.
         seed: for dropout.
@@ -109,12 +110,14 @@ def train(
     model.train()
     losses = []
     for step in range(steps):
-        loss = loss_of_step(step)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise Diverged(f"the loss became {value} at step {step + 1} of {steps}; lower the learning rate")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        value = 0.0
+        for loss in losses_of_step(step):
+            value += loss.item()
+            if not math.isfinite(value):
+                raise Diverged(f"the loss became {value} at step {step + 1} of {steps}; lower the learning rate")
+            with torch.autocast(loss.device.type, enabled=False):  # the addend may come out of an open autocast
+                loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, _CLIP)
         optimizer.step()
         schedule.step()

@@ -1,18 +1,21 @@
 """A process that runs stages, and the handle by which another process holds it.
 
-Stages run in a process of their own: its memory, or its device, is freed by its exit, an out-of-memory kill
+Stages run in a process of their own: its memory, or its device, is freed by its exit, running out of memory
 costs one retry, and it can be stopped at any moment. It stays warm between stages, since importing torch and
 transformers takes as long as most stages of a small task.
 
-The protocol is one JSON object a line: requests on standard input, events on standard output. The process ends
-with its standard input, hence with its parent, however that one ends.
+The protocol is one JSON object a line: requests on standard input, events on standard output. The process can't
+outlive its parent: the kernel kills it when the other end of its life line closes, whatever it is doing.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import queue
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,45 +23,85 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
-from pipeline.errors import ClozelineError, InputError, StageFailed, StageLost
+from pipeline.device import hold_device
+from pipeline.errors import (
+    ClozelineError,
+    InputError,
+    OutOfMemory,
+    RunStopped,
+    StageFailed,
+    StageHung,
+    StageLost,
+    rebuilt,
+)
+from pipeline.settings import Settings
 
 Progress = Callable[[int, int], None]
 _PROGRESS_SECONDS = 0.2
+_LIFE_LINE = "CLOZELINE_LIFE_LINE"
 CORES = len(os.sched_getaffinity(0))
 # Without a GPU two stages run side by side, and a fit gets half of the cores: its batches are too small to keep
 # two cores busy (measured on two cores, steps a second: one fit on two threads 4.6, two fits on one thread each
 # 6.3). The number of threads is fixed for each stage, since it may change the last bits of a result.
 LANES = min(CORES, 2)
+# How an allocation that failed shows where no Python exception could be raised any more.
+_NO_MEMORY = ("bad_alloc", "Cannot allocate memory", "can't allocate memory", "not enough memory", "out of memory")
 
 
 class StageProcess:
     """A warm process that runs one stage at a time.
 
     Args:
-        device: which CUDA device it may see; None without a GPU.
+        device: the CUDA device that it may see (an index or a UUID); None leaves what this process sees.
     """
 
-    def __init__(self, device: int | None = None) -> None:
+    def __init__(self, device: str | None = None) -> None:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         # Threads that spin while they wait starve whatever else runs on the machine, another worker above all:
         # two fits side by side on two cores took five times as long as with threads that sleep.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+            environment["CUDA_VISIBLE_DEVICES"] = device
         self._stopped = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=environment,
-            text=True,
-            start_new_session=True,  # a terminal's Ctrl-C goes to the parent alone, which then stops this one
-        )
+        self._life: int | None
+        life_line, self._life = os.pipe()
+        environment[_LIFE_LINE] = str(life_line)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=environment,
+                text=True,
+                pass_fds=(life_line,),
+                start_new_session=True,  # a terminal's Ctrl-C goes to the parent alone, which then stops this one
+            )
+        finally:
+            os.close(life_line)
+        self._events: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._events.put(line)
+        self._events.put(None)
+
+    def __enter__(self) -> StageProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Its process number."""
+        return self._process.pid
 
     @property
     def alive(self) -> bool:
@@ -68,12 +111,18 @@ class StageProcess:
     def run(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         """Run a stage to its end.
 
+        Args:
+            request: what `pipeline.plan.Call.request` gives; ``batch_share`` (at most 1) shrinks its batches.
+            progress: called with work done and work in all.
+
         Returns:
-            ``path``, ``meta``, ``seconds`` and ``built`` (false where the store had it already).
+            ``seconds`` and ``built`` (false where the store had it already).
 
         Raises:
             InputError: the user's data is at fault.
             StageFailed: the stage failed.
+            OutOfMemory: it wanted more memory than there is.
+            StageHung: it made no progress for `Settings.stage_timeout` seconds.
             StageLost: the process went away.
         """
         try:
@@ -81,98 +130,102 @@ class StageProcess:
         except (InputError, StageFailed):
             raise
         except BaseException:
-            # Whatever came between, the rest of this stage's events must not be read as the next one's.
+            # Whatever came between, the rest of this stage's events must not be read as the next one's; and what
+            # ran out of memory still holds it.
             self._process.kill()
+            self._process.wait()
             raise
 
     def _talk(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
+        assert self._process.stdin is not None
         with suppress(BrokenPipeError):
-            stdin.write(json.dumps(request) + "\n")
-            stdin.flush()
-        for line in stdout:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        # Waiting for another run's stage, or for a device, is no sign of hanging: the clock starts with the work.
+        patience: float | None = None
+        while True:
+            try:
+                line = self._events.get(timeout=patience)
+            except queue.Empty:
+                raise StageHung(
+                    f"{request['title']} made no progress for {patience:.0f} s and was stopped; "
+                    "CLOZELINE_STAGE_TIMEOUT sets how long that may take"
+                ) from None
+            if line is None:
+                raise self._lost(request)
             event = json.loads(line)
-            if event["event"] == "progress":
+            if event["event"] == "building":
+                patience = Settings().stage_timeout
+                progress(0, 1)
+            elif event["event"] == "progress":
                 progress(event["done"], event["total"])
             elif event["event"] == "done":
                 return dict(event["result"])
             elif event["event"] == "input-error":
                 raise InputError(event["problem"], where=event["where"], fix=event["fix"])
             else:
-                raise StageFailed(f"{request['title']} failed: {event['message']}\n{event['trace']}")
+                raise rebuilt(event["kind"], f"{request['title']} failed: {event['message']}")
+
+    def _lost(self, request: Mapping[str, Any]) -> ClozelineError:
         code = self._process.wait()
         if self._stopped:
-            raise ClozelineError(f"the run was stopped during {request['title']}")
+            return RunStopped(f"the run was stopped during {request['title']}")
         self._errors.seek(0)
         tail = self._errors.read().decode(errors="replace")[-2000:]
-        raise StageLost(f"the process that ran {request['title']} went away (exit status {code})\n{tail}".rstrip())
+        kind = OutOfMemory if any(sign in tail for sign in _NO_MEMORY) else StageLost
+        return kind(f"the process that ran {request['title']} went away (exit status {code})\n{tail}".rstrip())
 
     def stop(self) -> None:
         """End it at once."""
         self._stopped = True
         self._process.kill()
         self._process.wait()
+        if self._life is not None:
+            os.close(self._life)
+            self._life = None
 
 
-class StageProcesses:
-    """The processes of one run: one for each device, or `LANES` without a GPU.
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when its parent's end of the life line closes, however that happens.
 
-    Args:
-        devices: how many CUDA devices there are.
+    A thread that watches a pipe would do for most deaths, but not while some library holds the interpreter's
+    lock, nor for a process that is stopped.
     """
+    line = os.environ.pop(_LIFE_LINE, None)
+    if line is None:
+        return
+    descriptor = int(line)
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(descriptor, getattr(fcntl, "F_SETSIG", 10), signal.SIGKILL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+    os.set_blocking(descriptor, False)
+    with suppress(BlockingIOError):
+        if os.read(descriptor, 1) == b"":  # it closed before the kernel was asked to watch it
+            os._exit(1)
 
-    def __init__(self, devices: int = 0) -> None:
-        self._free: queue.Queue[tuple[int | None, StageProcess | None]] = queue.Queue()
-        self._all: set[StageProcess] = set()
-        self._lock = threading.Lock()
-        self.closed = False
-        for device in range(devices) if devices else [None] * LANES:
-            self._free.put((device, None))
 
-    @contextmanager
-    def lease(self) -> Iterator[StageProcess]:
-        """Hold a process; started when first wanted, replaced when it died."""
-        device, process = self._free.get()
-        try:
-            with self._lock:
-                if self.closed:
-                    raise ClozelineError("the run was stopped")
-                if process is None or not process.alive:
-                    process = StageProcess(device)
-                    self._all.add(process)
-            yield process
-        finally:
-            self._free.put((device, process))
-
-    def close(self) -> None:
-        """Stop all of them, whatever they are doing."""
-        with self._lock:
-            self.closed = True
-            for process in self._all:
-                process.stop()
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):  # Arrow's and NumPy's are of this kind
+        return True
+    # torch raises its own OutOfMemoryError for a GPU and a bare RuntimeError for the CPU.
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
 
 
 def _serve() -> None:
     """Run the stages that standard input asks for."""
-    requests: queue.Queue[str] = queue.Queue()
+    _die_with_parent()
     # Whatever a library prints goes to standard error: standard output carries events alone.
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-
-    def listen() -> None:
-        for line in sys.stdin:
-            requests.put(line)
-        os._exit(0)  # the parent is gone, or has no more work; a half-built artifact stays under its temporary name
-
-    threading.Thread(target=listen, daemon=True).start()
+    memory = Settings().stage_memory
+    if memory is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory * 2**20, memory * 2**20))
 
     def say(**event: Any) -> None:
         events.write(json.dumps(event) + "\n")
 
-    while True:
-        request = json.loads(requests.get())
+    for line in sys.stdin:
+        request = json.loads(line)
         said = 0.0
 
         def progress(done: int, total: int) -> None:
@@ -182,27 +235,38 @@ def _serve() -> None:
                 said = now
                 say(event="progress", done=done, total=total)
 
+        @contextmanager
+        def building(request: Mapping[str, Any] = request) -> Iterator[None]:
+            with hold_device() if request.get("on_device") else nullcontext():
+                say(event="building")
+                yield
+
         try:
             import torch
             import transformers
 
+            from pipeline import batching
             from pipeline.stages import run_stage
 
             torch.set_num_threads(max(CORES // LANES, 1) if request["stage"] == "fit" else CORES)
             transformers.logging.disable_progress_bar()
             transformers.logging.set_verbosity_error()
-            artifact, built = run_stage(request, progress)
-            result = {
-                "path": str(artifact.path),
-                "meta": artifact.meta,
-                "seconds": artifact.seconds,
-                "built": built,
-            }
-            say(event="done", result=result)
+            batching.set_batch_share(request.get("batch_share", 1.0))
+            artifact, built = run_stage(request, progress, building)
+            if request.get("on_device") and torch.cuda.is_available():
+                torch.cuda.empty_cache()  # the device is another process's turn next
+            say(event="done", result={"seconds": artifact.seconds, "built": built})
         except InputError as error:
             say(event="input-error", problem=error.problem, where=error.where, fix=error.fix)
         except Exception as error:
-            say(event="error", message=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+            if _is_out_of_memory(error):
+                kind = OutOfMemory.__name__
+            elif isinstance(error, ClozelineError):
+                kind = type(error).__name__
+            else:
+                kind = StageFailed.__name__
+            message = f"{type(error).__name__}: {error}"
+            say(event="error", kind=kind, message=f"{message}\n{traceback.format_exc()}")
 
 
 if __name__ == "__main__":

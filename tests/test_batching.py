@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.batching import by_length, pad, split_by_length
+from pipeline.batching import batch_share, by_length, pad, set_batch_share, split_by_length
 
 lengths_of_rows = st.lists(st.integers(0, 300), max_size=60)
 
@@ -60,3 +60,16 @@ def test_one_long_text_among_short_ones_goes_alone() -> None:
 
 def test_texts_of_one_length_stay_together() -> None:
     assert len(split_by_length([64] * 16)) == 1
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.sampled_from([0.5, 0.25]))
+def test_half_batches_hold_every_row_once_in_pieces_of_that_share(lengths: list[int], share: float) -> None:
+    set_batch_share(share)
+    try:
+        assert batch_share() == share
+        pieces, batches = split_by_length(lengths), by_length(lengths, 240)
+    finally:
+        set_batch_share(1.0)
+    assert sorted(i for piece in pieces for i in piece.tolist()) == list(range(len(lengths)))
+    assert max(len(piece) for piece in pieces) <= max(int(len(lengths) * share), 1)
+    assert max(len(batch) * max(lengths[i] for i in batch) for batch in batches) <= max(240 * share, max(lengths))

@@ -20,7 +20,7 @@ from pipeline.checks import check_task
 from pipeline.errors import InputError
 from pipeline.plan import Plan, build_plan
 from pipeline.predict import predict_file
-from pipeline.release import latest_manifest, publish
+from pipeline.publishing import latest_manifest, publish
 from pipeline.stages import run_stage
 from pipeline.store import Store
 from pipeline.task import Task
@@ -46,7 +46,7 @@ class Run:
         plan = self.plan(*overrides)
         results = [(call.title, *run_stage(call.request(self.store))) for call in plan.calls]
         self.published = publish(results[-1][1], self.out)
-        self.version = self.published.path
+        self.version = Path(self.published.path)
         return [title for title, _, built in results if built]
 
     def bytes(self) -> dict[str, bytes]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import textwrap
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pipeline import locations
+from pipeline.base_model import resolve_base_model
 from pipeline.errors import InputError
 from pipeline.task import PRESETS, Task
 
@@ -284,3 +287,75 @@ def test_the_student_reads_the_text_columns_joined_unless_told_otherwise(write: 
     path = write()
     assert Task.load(path, ["inputs.text=[text, title]"]).student_template == "{text} {title}"
     assert Task.load(path, ["student.template='{text}!'"]).student_template == "{text}!"
+
+
+# ---- behind URLs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A URL with nothing below it, and brackets in its name."""
+    monkeypatch.setenv("CLOZELINE_CACHE", str(tmp_path / "cache"))
+    return f"memory://{uuid.uuid4().hex} [old]"
+
+
+def test_paths_of_a_task_behind_a_url_start_from_its_directory(bucket: str, tmp_path: Path) -> None:
+    locations.write(f"{bucket}/reviews/task.yaml", SMALLEST.replace("rows.parquet", "pool/day=*/part.parquet").encode())
+    for day in (2, 1):
+        locations.write(f"{bucket}/reviews/pool/day={day}/part.parquet", str(day).encode())
+    task = Task.load(f"{bucket}/reviews/task.yaml")
+    assert task.name == "reviews"
+    files = task.matched_files()
+    assert [file.read_text() for file in files] == ["1", "2"]
+    assert [file.parts[-2:] for file in files] == [("day=1", "part.parquet"), ("day=2", "part.parquet")]
+    assert all(tmp_path in file.parents for file in files)
+    assert [task.source_of(file).removeprefix("memory:").lstrip("/") for file in files] == [
+        f"{bucket.removeprefix('memory://')}/reviews/pool/day={day}/part.parquet" for day in (1, 2)
+    ]
+    assert task.locate("other.parquet") == f"{bucket}/reviews/other.parquet"
+    assert task.path(f"{bucket}/reviews/pool/day=2/part.parquet").read_text() == "2"
+
+
+def test_a_local_task_may_name_files_behind_urls(bucket: str, write: Callable[..., Path]) -> None:
+    locations.write(f"{bucket}/a.parquet", b"a")
+    here = write("", "reviews/rows.parquet")
+    urls = [f"{locations.join(bucket, 'a.parquet')}", "rows.parquet"]
+    path = write(SMALLEST.replace("rows.parquet", str(urls)))
+    files = Task.load(path).matched_files()
+    assert [file.read_text() for file in files] == ["a", ""]
+    assert files[1] == here
+
+
+def test_a_file_url_is_the_path(write: Callable[..., Path]) -> None:
+    path = write(name="my reviews/task.yaml")
+    task = Task.load(path.as_uri())
+    assert task.name == "my-reviews"
+    assert task.root == path.parent
+
+
+def test_what_is_missing_behind_a_url_is_named(bucket: str) -> None:
+    with pytest.raises(InputError, match="can't read the task file: there is no such file\n  in: memory://"):
+        Task.load(f"{bucket}/task.yaml")
+    locations.write(f"{bucket}/task.yaml", SMALLEST.encode())
+    with pytest.raises(InputError, match=r"there is no such file\n  in: memory://.*/rows\.parquet"):
+        Task.load(f"{bucket}/task.yaml").unlabelled_files()
+    task = Task.load(f"{bucket}/task.yaml", ["inputs.unlabelled=rows-*.parquet"])
+    with pytest.raises(InputError, match=r"no file matches 'rows-\*\.parquet'\n  in: .*looked in memory://"):
+        task.unlabelled_files()
+    with pytest.raises(InputError, match=r"task\.yaml:3: unknown key 'inputs\.unlabeled'"):
+        locations.write(f"{bucket}/task.yaml", SMALLEST.replace("unlabelled", "unlabeled").encode())
+        Task.load(f"{bucket}/task.yaml")
+
+
+def test_a_base_model_behind_a_url_is_fetched_and_keeps_its_name(bucket: str, tiny_model: Path) -> None:
+    for file in tiny_model.iterdir():
+        locations.write(f"{bucket}/models/tiny/{file.name}", file.read_bytes())
+    locations.write(f"{bucket}/task.yaml", (SMALLEST + "base_model: models/tiny\n").encode())
+    task = Task.load(f"{bucket}/task.yaml")
+    found, here = resolve_base_model(task.base_model, task.root), resolve_base_model(str(tiny_model))
+    assert found.weights == here.weights
+    assert Path(found.name).name == "tiny"
+
+
+def test_the_librarys_own_fields_are_no_keys(write: Callable[..., Path]) -> None:
+    assert "unknown key 'base_url'" in refusal(write(SMALLEST + "base_url: s3://bucket\n"))

@@ -54,7 +54,9 @@ def classifier(dropout: float = 0.0) -> nn.Module:
 
 def run(model: nn.Module, seed: int = 0, steps: int = 40) -> list[float]:
     points, labels = separable()
-    return train(model, lambda step: F.cross_entropy(model(points), labels), steps=steps, learning_rate=0.05, seed=seed)
+    return train(
+        model, lambda step: [F.cross_entropy(model(points), labels)], steps=steps, learning_rate=0.05, seed=seed
+    )
 
 
 def test_training_learns_what_can_be_learnt_and_ends_in_evaluation_mode() -> None:
@@ -96,9 +98,9 @@ def test_the_learning_rate_falls_in_a_line_to_nought() -> None:
     model = Constant()
     path: list[float] = []
 
-    def loss(step: int) -> torch.Tensor:
+    def loss(step: int) -> list[torch.Tensor]:
         path.append(model.bias.item())
-        return model.bias.sum()
+        return [model.bias.sum()]
 
     train(model, loss, steps=4, learning_rate=0.1, seed=0)
     # With a gradient that never changes, Adam moves by the learning rate.
@@ -110,7 +112,7 @@ def test_a_new_head_learns_at_its_own_rate() -> None:
     model = Constant()
     train(
         model,
-        lambda step: model.bias.sum() + model.head.sum(),
+        lambda step: [model.bias.sum(), model.head.sum()],
         steps=1,
         learning_rate=0.01,
         seed=0,
@@ -125,7 +127,7 @@ def test_matrices_decay_and_biases_do_not() -> None:
     model = Constant()
     with torch.no_grad():
         model.bias.fill_(1)
-    train(model, lambda step: 0 * (model.bias.sum() + model.matrix.sum()), steps=1, learning_rate=0.1, seed=0)
+    train(model, lambda step: [0 * (model.bias.sum() + model.matrix.sum())], steps=1, learning_rate=0.1, seed=0)
     assert model.bias.item() == 1
     assert model.matrix.flatten().tolist() == pytest.approx([1 - 0.1 * 0.01] * 4)
 
@@ -133,7 +135,7 @@ def test_matrices_decay_and_biases_do_not() -> None:
 def test_frozen_parameters_stay_as_they_are() -> None:
     model = Constant()
     model.matrix.requires_grad_(False)
-    train(model, lambda step: (model.bias + model.matrix).sum(), steps=3, learning_rate=0.1, seed=0)
+    train(model, lambda step: [(model.bias + model.matrix).sum()], steps=3, learning_rate=0.1, seed=0)
     assert model.matrix.tolist() == [[1, 1], [1, 1]]
     assert model.bias.item() != 0
 
@@ -144,7 +146,7 @@ def test_a_loss_that_is_no_number_stops_with_its_step(value: float) -> None:
     with pytest.raises(Diverged, match="at step 2 of 5; lower the learning rate"):
         train(
             model,
-            lambda step: model.bias.sum() * (value if step == 1 else 1.0),
+            lambda step: [model.bias.sum() * (value if step == 1 else 1.0)],
             steps=5,
             learning_rate=0.1,
             seed=0,
@@ -162,7 +164,7 @@ def test_progress_is_told_step_by_step() -> None:
     model, told = Constant(), []
     train(
         model,
-        lambda step: model.bias.sum(),
+        lambda step: [model.bias.sum()],
         steps=3,
         learning_rate=0.1,
         seed=0,
@@ -182,3 +184,21 @@ def test_few_step_settings_freeze_the_embeddings_and_set_dropout(tiny_model: obj
     assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.0}
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen == ["bert.embeddings.word_embeddings.weight"]
+
+
+def test_a_loss_in_addends_trains_as_the_whole_does() -> None:
+    def trained(pieces: int) -> tuple[torch.Tensor, list[float]]:
+        torch.manual_seed(1)
+        model = nn.Linear(3, 2)
+        points, labels = torch.randn(8, 3), torch.arange(8) % 2
+
+        def losses(step: int) -> list[torch.Tensor]:
+            parts = torch.arange(8).chunk(pieces)
+            return [F.cross_entropy(model(points[at]), labels[at], reduction="sum") / 8 for at in parts]
+
+        losses_of_steps = train(model, losses, steps=5, learning_rate=0.05, seed=0)
+        return weights(model), losses_of_steps
+
+    whole, pieces = trained(1), trained(4)
+    assert torch.allclose(whole[0], pieces[0], atol=1e-6)
+    assert pieces[1] == pytest.approx(whole[1], rel=1e-5)

@@ -7,7 +7,7 @@ MLM never picks padding, special tokens, the slot or the pattern's own tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +107,8 @@ def train(
 
     lengths = [len(row) for row in next(iter(encoded.values())).input_ids]
 
-    def loss_of_step(step: int) -> torch.Tensor:
+    def losses_of_step(step: int) -> Iterator[torch.Tensor]:
         rows = next(rows_of_step)
-        loss = torch.zeros((), device=model.device)
         with model.autocast():  # one context a step: the weights are cast to bf16 once for all its passes
             for part in split_by_length([lengths[i] for i in rows]):
                 some = rows[part]
@@ -119,14 +118,14 @@ def train(
                     at = torch.from_numpy(inputs.mask_at[some].astype(np.int64)).to(model.device)
                     scores.append(scorer.word_scores(ids, attention, at))
                 logits = scorer.label_logits(stack_words(scores, len(annotator.verbalizer.words)))
-                loss = loss + F.cross_entropy(logits.float(), targets[some], reduction="sum") / len(rows)
+                yield (1 - alpha) * F.cross_entropy(logits.float(), targets[some], reduction="sum") / len(rows)
             if masking is not None:
-                loss = (1 - alpha) * loss + alpha * masking.loss()
-        return loss
+                for loss in masking.losses():
+                    yield alpha * loss
 
     run_training(
         model,
-        loss_of_step,
+        losses_of_step,
         steps=spec["steps"],
         learning_rate=spec["learning_rate"],
         seed=seed,
@@ -143,33 +142,34 @@ class _Masking:
         self.random = np.random.default_rng(seed_of(seed, "mlm"))
         self.rows_of_step = epochs(len(next(iter(transfer.values()))), batch_size, seed_of(seed, "mlm rows"))
 
-    def loss(self) -> torch.Tensor:
-        """The MLM loss of the next batch; zero if no row of it has a token of its own."""
+    def losses(self) -> Iterator[torch.Tensor]:
+        """The MLM loss of the next batch, as addends; none if no row of it has a token of its own."""
         rows = next(self.rows_of_step)
         texts = {name: [column[i] for i in rows] for name, column in self.transfer.items()}
         inputs = next(iter(self.annotator.encode(texts).values()))
         tokenizer, model = self.annotator.tokenizer, self.annotator.model
-        masked, targets, at_row, at_column = [], [], [], []
+        masked, targets, at = [], [], []
         for i in range(len(rows)):
-            ids = inputs.input_ids[i].copy()
             open_to_masking = np.flatnonzero(~inputs.pattern_at[i])
             if len(open_to_masking) == 0:
-                masked.append(ids)
                 continue
             chosen = open_to_masking[self.random.random(len(open_to_masking)) < _MLM_SHARE]
             if len(chosen) == 0:
                 chosen = self.random.choice(open_to_masking, 1)
+            ids = inputs.input_ids[i].copy()
             targets.append(ids[chosen].astype(np.int64))
-            at_row.append(np.full(len(chosen), i))
-            at_column.append(chosen)
+            at.append(chosen)
             fate = self.random.random(len(chosen))
             ids[chosen[fate < 0.8]] = tokenizer.mask_token_id
             swapped = chosen[fate >= 0.9]
             ids[swapped] = self.random.integers(0, len(tokenizer), len(swapped))
             masked.append(ids)
-        if not targets:
-            return torch.zeros((), device=model.device)
-        ids_tensor, attention = pad(masked, tokenizer.pad_token_id, model.device)
-        at = [torch.from_numpy(np.concatenate(part)).to(model.device) for part in (at_row, at_column, targets)]
-        logits = model.logits_at(ids_tensor, attention, at[0], at[1])
-        return F.cross_entropy(logits.float(), at[2])
+        count = sum(len(wanted) for wanted in targets)
+        for part in split_by_length([len(ids) for ids in masked]) if masked else ():
+            ids_tensor, attention = pad([masked[i] for i in part], tokenizer.pad_token_id, model.device)
+            at_row = np.repeat(np.arange(len(part)), [len(at[i]) for i in part])
+            wanted = torch.from_numpy(np.concatenate([targets[i] for i in part])).to(model.device)
+            at_column = np.concatenate([at[i] for i in part])
+            places = [torch.from_numpy(where).to(model.device) for where in (at_row, at_column)]
+            logits = model.logits_at(ids_tensor, attention, *places)
+            yield F.cross_entropy(logits.float(), wanted, reduction="sum") / count

@@ -1,0 +1,93 @@
+"""The Prefect server that commands and flows talk to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import ClozelineError, InputError
+
+_REQUEST_SECONDS = 10.0
+_RETRIES = 2
+# With a colon before it, up to the last @: a secret may hold slashes, and masking too much does no harm.
+_CREDENTIALS = re.compile(r"://(?:[^@]*:.*@|[^/@]*@)")
+
+
+def masked(location: str) -> str:
+    """A URL without the credentials in it.
+
+    >>> masked("s3://me:secret@bucket/store"), masked("s3://bucket/store")
+    ('s3://***@bucket/store', 's3://bucket/store')
+    """
+    return _CREDENTIALS.sub("://***@", location)
+
+
+def server_address() -> str:
+    """The address of the API in force, from the environment or Prefect's own configuration.
+
+    Raises:
+        InputError: none is configured.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    address = PREFECT_API_URL.value()
+    if not address:
+        raise InputError(
+            "no Prefect server is configured",
+            where="PREFECT_API_URL",
+            fix="export PREFECT_API_URL=http://127.0.0.1:4200/api, with your server's address",
+        )
+    return str(address)
+
+
+def emit_event(name: str, resource: Mapping[str, str], payload: Mapping[str, Any]) -> None:
+    """Hand an event to the server; returns when the server has taken it.
+
+    `prefect.events.emit_event` puts it into a queue and says nothing of what becomes of it; this answer is the
+    server's own. Prefect's client adds credentials and the CSRF token, and tries again what may go better.
+
+    Args:
+        name: the event's name.
+        resource: what it is about: labels, ``prefect.resource.id`` among them.
+        payload: what it says, as JSON.
+
+    Raises:
+        InputError: no server is configured, or it refuses the event.
+        ClozelineError: the server does not answer.
+    """
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.events import Event
+    from prefect.exceptions import PrefectHTTPStatusError
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    address = server_address()
+    event = Event(event=name, resource=dict(resource), payload=dict(payload))
+    try:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: _RETRIES}),
+            get_client(httpx_settings={"timeout": _REQUEST_SECONDS}, sync_client=True) as client,
+        ):
+            client.request("POST", "/events", json=[event.model_dump(mode="json")])
+    except PrefectHTTPStatusError as error:
+        status = error.response.status_code
+        if status in (403, 404, 405) and not address.rstrip("/").endswith("/api"):
+            raise InputError(
+                f"there is no Prefect API at this address (HTTP {status})",
+                where=f"PREFECT_API_URL={masked(address)}",
+                fix="the address ends in /api",
+            ) from error
+        if status in (401, 403):
+            raise InputError(
+                f"the Prefect server refuses the credentials (HTTP {status})",
+                where="PREFECT_API_AUTH_STRING",
+                fix="export the user and password that the server was started with",
+            ) from error
+        raise ClozelineError(f"the Prefect server did not take the event: HTTP {status}") from error
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+        raise InputError(f"this is no address: {error}", where="PREFECT_API_URL") from error
+    except httpx.HTTPError as error:
+        raise ClozelineError(
+            f"the Prefect server at {masked(address)} does not answer: {error or type(error).__name__}"
+        ) from error

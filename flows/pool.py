@@ -1,0 +1,127 @@
+"""The engine `pool`: stages as flow runs of `stage/gpu`, which the workers of the work pool `gpu` take."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect import get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.states import Cancelled, Cancelling
+
+from pipeline.engines import Progress, Request
+from pipeline.errors import ClozelineError, InputError, RunStopped, StageLost, rebuilt
+
+DEPLOYMENT = "stage/gpu"
+_POLL_SECONDS = 2.0
+# A server that is restarted is back within minutes; the stages go on meanwhile.
+_SERVER_PATIENCE = 600.0
+_WORKER_PATIENCE = 60.0
+
+
+class PoolEngine:
+    """Creates a flow run for each group of stages and waits for it.
+
+    Args:
+        queue: the work queue, hence the priority, of the stages.
+        storage_block: the Prefect block with the storage's credentials, for the workers.
+    """
+
+    def __init__(self, queue: str, storage_block: str | None) -> None:
+        self._queue, self._storage_block = queue, storage_block
+        self._lock = threading.Lock()
+        self._running: set[UUID] = set()
+        self._closed = False
+
+    def run(self, title: str, requests: Sequence[Request], progress: Progress) -> list[dict[str, Any]]:
+        """See `pipeline.engines.Engine.run`; the progress itself is drawn by the stage's own flow run."""
+        with self._lock:
+            if self._closed:
+                raise RunStopped("the run was stopped")
+            run_id = self._create(title, requests)
+            self._running.add(run_id)
+        try:
+            return self._results(title, self._wait(title, run_id, progress))
+        finally:
+            self._running.discard(run_id)
+
+    def _create(self, title: str, requests: Sequence[Request]) -> UUID:
+        parameters = {"title": title, "requests": list(requests), "storage_block": self._storage_block}
+        try:
+            created: Any = run_deployment(
+                DEPLOYMENT, parameters=parameters, flow_run_name=title, work_queue_name=self._queue, timeout=0
+            )
+        except ObjectNotFound:
+            raise InputError(
+                f"the server has no deployment {DEPLOYMENT}, which the engine pool needs",
+                where="engine",
+                fix="deploy/cluster.sh up, or prefect --no-prompt deploy --all",
+            ) from None
+        return UUID(str(created.id))
+
+    def _wait(self, title: str, run_id: UUID, progress: Progress) -> FlowRun:
+        created = answered = time.monotonic()
+        begun = warned = False
+        with get_client(sync_client=True) as client:
+            while True:
+                try:
+                    found = client.read_flow_run(run_id)
+                    answered = time.monotonic()
+                except (httpx.TransportError, PrefectHTTPStatusError) as error:
+                    if time.monotonic() - answered > _SERVER_PATIENCE:
+                        raise ClozelineError(f"the Prefect server does not answer: {error}") from error
+                    time.sleep(_POLL_SECONDS)
+                    continue
+                state = found.state
+                if state is not None and state.is_final():
+                    return found
+                if state is not None and state.is_running() and not begun:
+                    begun = True
+                    progress(0, 1)
+                if not begun and not warned and time.monotonic() - created > _WORKER_PATIENCE:
+                    warned = True
+                    get_run_logger().warning(
+                        "no worker has taken %r for %.0f s: all are busy, or none runs "
+                        "(prefect worker start --pool gpu)",
+                        title,
+                        _WORKER_PATIENCE,
+                    )
+                time.sleep(_POLL_SECONDS)
+
+    def _results(self, title: str, run: FlowRun) -> list[dict[str, Any]]:
+        state = run.state
+        assert state is not None
+        message = state.message or ""
+        if state.is_completed():
+            return list(json.loads(message))
+        if state.is_failed():
+            raise rebuilt(state.name or "", message)
+        if self._closed:
+            raise RunStopped(f"the run was stopped during {title}")
+        if state.is_cancelled():
+            raise ClozelineError(f"{title} was cancelled")
+        raise StageLost(f"the worker lost {title}: {message}")
+
+    def close(self) -> None:
+        """Cancel the flow runs that are under way: their workers then end them and free their devices."""
+        with self._lock:
+            self._closed = True
+            running = list(self._running)
+        if not running:
+            return
+        with get_client(sync_client=True) as client:
+            for run_id in running:
+                with suppress(httpx.HTTPError, PrefectHTTPStatusError, ObjectNotFound):
+                    state = client.read_flow_run(run_id).state
+                    if state is not None and not state.is_final():
+                        begun = state.is_running() or state.is_pending()
+                        client.set_flow_run_state(run_id, Cancelling() if begun else Cancelled(), force=not begun)

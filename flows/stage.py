@@ -1,0 +1,38 @@
+"""The flow that a GPU worker runs: some stages of another flow's run, in one process that holds the device."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.states import Completed, Failed, State
+from pydantic import Field
+
+from flows.progress import ProgressArtifact
+from flows.storage import use_storage_block
+from flows.worker import end_with_worker
+from pipeline.engines.remote import run_here
+from pipeline.worker import StageProcess
+
+
+@flow(name="stage", flow_run_name="{title}", description=__doc__)
+def stage(
+    title: Annotated[str, Field(title="What it does", description="For people.")],
+    requests: Annotated[list[dict[str, Any]], Field(title="Requests", description="of pipeline.plan.Call.request")],
+    storage_block: Annotated[str | None, Field(title="Storage block", description="see the flow label")] = None,
+) -> State[Any]:
+    """Run stages one behind the other.
+
+    Returns:
+        Completed, with the results as JSON in its message; or Failed, named after the kind of the error, with its
+        text. Both are for `flows.pool`: a state travels through the server alone, wherever results are kept.
+    """
+    end_with_worker()
+    use_storage_block(storage_block)
+    with StageProcess() as process:
+        outcome = run_here(requests, ProgressArtifact(title, requests[0]["key"]), process)
+    if "error" in outcome:
+        kind, message = outcome["error"]
+        return Failed(name=kind, message=message)
+    return Completed(message=json.dumps(outcome["results"]))

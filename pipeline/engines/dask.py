@@ -1,0 +1,110 @@
+"""Stages on Dask workers: one at a time on each GPU where workers offer the resource GPU, else one a worker."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.engines import Progress, Request
+from pipeline.engines.remote import results_of, run_here
+from pipeline.errors import InputError, RunStopped, StageLost
+from pipeline.settings import Settings
+from pipeline.worker import LANES, StageProcess
+
+
+def _run(requests: Sequence[Request], topic: str, stop: str) -> dict[str, Any]:
+    from distributed import Event, get_client, get_worker
+
+    worker, client = get_worker(), get_client()
+    with StageProcess() as process:
+        over = threading.Event()
+
+        def watch() -> None:
+            # A task that has begun can't be cancelled from outside: it asks whether it should go on.
+            asked = Event(stop, client=client)
+            while not over.is_set():
+                if asked.wait(timeout=1):
+                    process.stop()
+                    return
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            return run_here(requests, lambda done, total: worker.log_event(topic, [done, total]), process)
+        finally:
+            over.set()
+            watcher.join()
+
+
+class DaskEngine:
+    """Connects to `Settings.dask_address`, or starts workers on this machine; either when a stage first needs it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._client: Any = None
+        self._stop = f"clozeline-stop-{uuid.uuid4().hex}"
+        self._closed = False
+
+    def _start(self) -> Any:
+        with self._lock:
+            if self._closed:
+                raise RunStopped("the run was stopped")
+            if self._client is None:
+                try:
+                    from distributed import Client, LocalCluster
+                except ImportError:
+                    raise InputError(
+                        "the engine dask needs Dask", where="engine", fix="pip install 'clozeline[dask]'"
+                    ) from None
+                address = Settings().dask_address
+                self._cluster = None
+                if address is None:
+                    self._cluster = LocalCluster(
+                        n_workers=LANES, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
+                    )
+                self._client = Client(address or self._cluster, set_as_default=False)
+                workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+                self._resources = {"GPU": 1} if any("GPU" in found["resources"] for found in workers) else None
+            return self._client
+
+    def run(self, title: str, requests: Sequence[Request], progress: Progress) -> list[dict[str, Any]]:
+        """See `pipeline.engines.Engine.run`."""
+        client = self._start()
+        from distributed import CancelledError, KilledWorker
+
+        topic = f"clozeline-{uuid.uuid4().hex}"
+        client.subscribe_topic(topic, lambda event: progress(*event[1]))
+        try:
+            future = client.submit(
+                _run,
+                list(requests),
+                topic,
+                self._stop,
+                key=f"{title}-{topic}",
+                resources=self._resources,
+                retries=0,
+                pure=False,
+            )
+            return results_of(future.result())
+        except (CancelledError, KilledWorker, OSError) as error:
+            if self._closed:
+                raise RunStopped(f"the run was stopped during {title}") from None
+            raise StageLost(f"Dask lost {title}: {error}") from error
+        finally:
+            if not self._closed:
+                client.unsubscribe_topic(topic)
+
+    def close(self) -> None:
+        """Stop what runs; workers that were started here end."""
+        with self._lock:
+            self._closed = True
+            if self._client is None:
+                return
+        from distributed import Event
+
+        Event(self._stop, client=self._client).set()
+        self._client.close()
+        if self._cluster is not None:
+            self._cluster.close()

@@ -1,0 +1,137 @@
+"""What lies in a store, and what of it may go.
+
+An artifact stays while one of these names it: the last releases of a task at a release path (``released/``), work
+that runs (``uses/``), work that failed or was killed within the last week, so that its next try finds what it had
+done, or a builder that is at it. All else goes, and with it what killed processes left behind.
+
+A collection and the registration of new work exclude each other (see `Store.using`), so that whoever has
+registered never loses what it looks for afterwards.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from pipeline import locations
+from pipeline.inventory import Inventory, Litter, Stored, take_inventory
+from pipeline.leases import lease, locked
+from pipeline.remote_store import LEASES, RemoteStore
+from pipeline.store import LOCKS, Store
+
+_DAY = 86_400.0
+_UNFINISHED_DAYS = 7
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a collection takes and leaves.
+
+    Attributes:
+        goes: the artifacts that nothing needs.
+        stays: the others, each with the reason.
+        litter: what goes with them.
+    """
+
+    goes: list[Stored] = field(default_factory=list)
+    stays: list[tuple[Stored, str]] = field(default_factory=list)
+    litter: list[Litter] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """How much is freed."""
+        return sum(stored.bytes for stored in self.goes) + sum(litter.bytes for litter in self.litter)
+
+
+def list_artifacts(store: Store) -> list[Stored]:
+    """Every artifact of a store, oldest first.
+
+    Raises:
+        StorageTrouble: the storage did not answer.
+    """
+    inventory = take_inventory(store)
+    return inventory.artifacts(inventory.uses())
+
+
+def disk_use(store: Store) -> dict[str, int]:
+    """The bytes of each stage's artifacts, largest first."""
+    totals: dict[str, int] = {}
+    for stored in list_artifacts(store):
+        totals[stored.stage] = totals.get(stored.stage, 0) + stored.bytes
+    return dict(sorted(totals.items(), key=lambda entry: -entry[1]))
+
+
+def plan_gc(store: Store, keep: int) -> Collection:
+    """What `collect` would take and leave at this moment; nothing is removed.
+
+    Args:
+        store: the store.
+        keep: how many versions of each task at each release path keep what they were made of.
+    """
+    return _plan(take_inventory(store), keep)
+
+
+def collect(store: Store, keep: int) -> Collection:
+    """Remove what nothing needs.
+
+    Args:
+        store: the store.
+        keep: how many versions of each task at each release path keep what they were made of.
+
+    Returns:
+        What was removed and what was left.
+
+    Raises:
+        StorageTrouble: the storage did not answer, or another collection took over while this one was held up.
+    """
+    with _alone(store) as check:
+        inventory = take_inventory(store)
+        plan = _plan(inventory, keep)
+        removed = []
+        for stored in plan.goes:
+            check()
+            if inventory.discard(stored):
+                removed.append(stored)
+        check()
+        inventory.sweep([litter.name for litter in plan.litter])
+    busy = [(stored, "being built") for stored in plan.goes if stored not in removed]
+    return Collection(removed, [*plan.stays, *busy], plan.litter)
+
+
+@contextmanager
+def _alone(store: Store) -> Iterator[Callable[[], None]]:
+    """Exclude other collections, and work that wants to register, meanwhile."""
+    if isinstance(store, RemoteStore):
+        with lease(locations.join(store.location, LEASES, "gc"), ttl=store.ttl) as held:
+            yield held.check
+    else:
+        with locked(store.root / LOCKS / "gc"):
+            yield lambda: None
+
+
+def _plan(inventory: Inventory, keep: int) -> Collection:
+    uses = inventory.uses()
+    reasons, outdated = inventory.releases(keep)
+    plan = Collection(litter=[*outdated, *inventory.litter()])
+    for use in sorted(uses, key=lambda use: use.live):
+        if not use.live and time.time() - use.time > _UNFINISHED_DAYS * _DAY:
+            plan.litter.append(Litter(use.name, 0, "work that ended without a word long ago"))
+            continue
+        about = f"{use.about}, " if use.about else ""
+        state = "in use" if use.live else f"named by work that did not finish, {_date(use.time)}"
+        for reference in use.references:
+            reasons[reference] = f"{state}: {about}{use.holder}"
+    for stored in inventory.artifacts(uses):
+        why = "being built" if inventory.is_busy(stored.stage, stored.key) else reasons.get(stored.reference)
+        if why is None:
+            plan.goes.append(stored)
+        else:
+            plan.stays.append((stored, why))
+    return plan
+
+
+def _date(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"

@@ -1,0 +1,273 @@
+"""deploy/cluster.sh with a real server and real workers."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = ROOT / "deploy" / "cluster.sh"
+HEARTBEATS = "mark runs without heartbeats as crashed"
+
+pytestmark = pytest.mark.server
+
+
+class Cluster:
+    """The script in a directory and on a port of its own."""
+
+    def __init__(self, home: Path, **environment: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "CLOZELINE_"))}
+        self.environment = {
+            **kept,
+            "CLOZELINE_HOME": str(home),
+            "CLOZELINE_PORT": str(self.port),
+            "CUDA_VISIBLE_DEVICES": "",
+            **environment,
+        }
+        self.state = home / ".clozeline" / "cluster"
+        self.api = f"http://127.0.0.1:{self.port}/api"
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        """Run the script; gives what it says."""
+        done = subprocess.run(
+            [SCRIPT, *arguments], env=self.environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def pids(self) -> dict[str, int]:
+        """The process of each member."""
+        return {file.stem: int(file.read_text().split()[0]) for file in self.state.glob("*.pid")}
+
+    def prefect(self, *arguments: str) -> str:
+        """The command line of Prefect as a user has it: nothing but the address (and the password)."""
+        environment = {**self.environment, "PREFECT_API_URL": self.api, "PREFECT_HOME": str(self.state / "client")}
+        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Read from the server: GET, or POST with a body; with a CSRF token."""
+        with httpx.Client(base_url=self.api, timeout=30) as client:
+            if body is None:
+                answer = client.get(path)
+            else:
+                token = client.get("/csrf-token", params={"client": "test"}).json()["token"]
+                headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
+                answer = client.post(path, json=body, headers=headers)
+        answer.raise_for_status()
+        return answer.json()
+
+    def queues(self, pool: str) -> dict[str, int]:
+        """The priorities of a pool's queues."""
+        return {queue["name"]: queue["priority"] for queue in self.ask(f"/work_pools/{pool}/queues/filter", {})}
+
+    def content(self) -> dict[str, Any]:
+        """What the server holds."""
+        pools = self.ask("/work_pools/filter", {})
+        return {
+            "pools": {pool["name"]: (pool["id"], pool["type"], pool["concurrency_limit"]) for pool in pools},
+            "queues": {
+                pool["name"]: {
+                    queue["name"]: queue["priority"]
+                    for queue in self.ask(f"/work_pools/{pool['name']}/queues/filter", {})
+                }
+                for pool in pools
+            },
+            "deployments": {found["id"]: found["name"] for found in self.ask("/deployments/filter", {})},
+            "automations": sorted((found["name"], found["enabled"]) for found in self.ask("/automations/filter", {})),
+        }
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """Make a cluster; whatever a test leaves running is ended."""
+    made = []
+
+    def make(**environment: str) -> Cluster:
+        made.append(Cluster(tmp_path / f"home {len(made)}", **environment))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one("down")
+        assert not one.pids()
+
+
+def marked(home: Path) -> list[int]:
+    """The processes that the cluster started, and what these started."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mark = process.environ().get("CLOZELINE_CLUSTER_MEMBER", "")
+            if process.status() != psutil.STATUS_ZOMBIE and mark.startswith(str(home)):
+                found.append(process.pid)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def test_up_configures_a_server_restarts_what_died_and_down_ends_just_its_own(
+    cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    one = cluster()
+    said = one("up")
+    assert one.api in said
+    first, pids = one.content(), one.pids()
+    assert set(pids) == {"server", "cpu", "gpu-0", "gpu-1"}
+    assert {name: kind for name, (_, kind, _) in first["pools"].items()} == {"cpu": "process", "gpu": "process"}
+    assert first["pools"]["gpu"][2] == 2  # as many stages as there are workers
+    for queues in first["queues"].values():
+        assert queues["ad-hoc"] < queues["nightly"] < queues["default"]
+    document = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+    wanted = [deployment["name"] for deployment in document["deployments"]]
+    assert sorted(first["deployments"].values()) == sorted(wanted)
+    triggers = sum(len(deployment.get("triggers", [])) for deployment in document["deployments"])
+    assert len(first["automations"]) == triggers + 1
+    assert first["automations"].count((HEARTBEATS, True)) == 1
+
+    workers = one.ask("/work_pools/gpu/workers/filter", {})
+    wait_until(lambda: len(one.ask("/work_pools/gpu/workers/filter", {})) == 2, 30)
+    assert all(worker["status"] == "ONLINE" for worker in workers)
+    devices = {psutil.Process(pids[name]).environ()["CLOZELINE_DEVICE"] for name in ("gpu-0", "gpu-1")}
+    assert devices == {"cpu-0", "cpu-1"}
+    # Nothing listens but on the loopback interface.
+    listening = [
+        connection.laddr.ip
+        for pid in marked(tmp_path)
+        for connection in psutil.Process(pid).net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening
+    assert set(listening) <= {"127.0.0.1", "::1"}
+
+    # What somebody switches is theirs to switch back.
+    scheduled = next(found for found in one.ask("/deployments/filter", {}) if found["schedules"])
+    name = f"{one.ask('/flows/' + scheduled['flow_id'])['name']}/{scheduled['name']}"
+    assert [schedule["active"] for schedule in scheduled["schedules"]] == [False]
+    one.prefect("deployment", "schedule", "resume", name, scheduled["schedules"][0]["id"])
+    for automation, _ in first["automations"]:
+        one.prefect("automation", "pause", automation)
+
+    one("up")
+    again = one.content()
+    assert again == first | {"automations": [(automation, False) for automation, _ in first["automations"]]}
+    assert one.pids() == pids
+    assert one.ask(f"/deployments/{scheduled['id']}")["schedules"][0]["active"] is True
+
+    os.kill(pids["gpu-1"], signal.SIGKILL)
+    assert "gpu-1    DIED" in one("status", code=1)
+    one("up")
+    assert {name for name, pid in one.pids().items() if pids[name] != pid} == {"gpu-1"}
+    one("status")
+
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "prefect worker start"])
+    # The number of a member that is gone was given to another process.
+    os.kill(one.pids()["gpu-0"], signal.SIGKILL)
+    file = one.state / "gpu-0.pid"
+    file.write_text(f"{bystander.pid} {file.read_text().split(maxsplit=1)[1]}")
+    try:
+        one("down")
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+    assert marked(tmp_path) == []
+    one("status", code=1)
+    one("down")  # twice does no harm
+
+
+def test_a_server_that_others_can_reach_needs_a_password_and_asks_for_it(cluster: Callable[..., Cluster]) -> None:
+    exposed = {"CLOZELINE_SERVER_HOST": "0.0.0.0"}
+    said = cluster(**exposed)("up", code=2)
+    assert "has no password" in said
+    assert "PREFECT_SERVER_API_AUTH_STRING" in said
+
+    one = cluster(**exposed, PREFECT_SERVER_API_AUTH_STRING="admin:s3cret")
+    said = one("up")
+    assert "s3cret" not in said
+    body: dict[str, Any] = {}
+    credentials = {"Authorization": "Basic " + base64.b64encode(b"admin:s3cret").decode()}
+    assert httpx.get(f"{one.api}/health").status_code == 200  # for probes; tells nothing
+    assert httpx.get(f"{one.api}/admin/version").status_code == 401
+    assert httpx.get(f"{one.api}/csrf-token", params={"client": "test"}).status_code == 401
+    assert httpx.post(f"{one.api}/flow_runs/filter", json=body).status_code == 403
+    assert httpx.get(f"{one.api}/admin/version", headers=credentials).status_code == 200
+    wrong = {"Authorization": "Basic " + base64.b64encode(b"admin:guess").decode()}
+    assert httpx.get(f"{one.api}/admin/version", headers=wrong).status_code == 401
+    # A page in the browser of somebody who is logged in can send the password, but has no token.
+    assert httpx.post(f"{one.api}/flow_runs/filter", json=body, headers=credentials).status_code == 403
+    one.environment["PREFECT_API_AUTH_STRING"] = "admin:s3cret"
+    assert "gpu" in one.prefect("work-pool", "ls")
+    one.prefect("work-pool", "set-concurrency-limit", "gpu", "3")  # a change: with a token
+    arguments = {argument for pid in one.pids().values() for argument in psutil.Process(pid).cmdline()}
+    assert not any("s3cret" in argument for argument in arguments)  # anybody on the machine can read these
+    one("up")
+    del one.environment["PREFECT_SERVER_API_AUTH_STRING"]
+    one.environment["CLOZELINE_SERVER_HOST"] = "127.0.0.1"
+    del one.environment["PREFECT_API_AUTH_STRING"]
+    assert "another password" in one("up", code=2)
+
+
+def test_a_port_that_somebody_else_uses_is_left_to_them(cluster: Callable[..., Cluster]) -> None:
+    one = cluster()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "http.server", str(one.port), "--bind", "127.0.0.1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", one.port)) == 0, 10)
+        assert "CLOZELINE_PORT" in one("up", code=2)
+        assert one.pids() == {}
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_unit_files_are_valid_and_hold_no_secret(tmp_path: Path) -> None:
+    one = Cluster(tmp_path, PREFECT_SERVER_API_AUTH_STRING="admin:s3cret")
+    units = tmp_path / "units"
+    units.mkdir()
+    said = one("systemd", str(units))
+    texts = {file.name: file.read_text() for file in units.iterdir()}
+    assert set(texts) == {
+        "clozeline-server.service",
+        "clozeline-cpu-worker.service",
+        "clozeline-gpu-worker@.service",
+    }
+    assert "s3cret" not in said + "".join(texts.values())
+    assert "Environment=CUDA_VISIBLE_DEVICES=%i" in texts["clozeline-gpu-worker@.service"]
+    if shutil.which("systemd-analyze"):
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *map(str, units.iterdir())],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr

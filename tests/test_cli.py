@@ -1,0 +1,206 @@
+"""The commands that need no run: settings, the store; and what `run` makes of its options."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.cli_console import human_bytes
+from pipeline.publishing import release_lease
+from pipeline.settings import ENGINES, Settings
+from pipeline.store import Store
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """No settings but a home of its own."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("CLOZELINE_", "PREFECT_"))}
+    return {**kept, "CLOZELINE_HOME": str(tmp_path / "home"), "PREFECT_HOME": str(tmp_path / "prefect")}
+
+
+def clozeline(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def in_process(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], *arguments: str) -> str:
+    """The output of a command that ends well."""
+    for key in [key for key in os.environ if key.startswith(("CLOZELINE_", "PREFECT_API"))]:
+        monkeypatch.delenv(key)
+    for key, value in environment.items():
+        if key.startswith("CLOZELINE_"):
+            monkeypatch.setenv(key, value)
+    done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def build(store: Store, stage: str, key: str, size: int) -> tuple[str, str]:
+    """An artifact of one file; returns its reference."""
+
+    def write(directory: Path) -> dict[str, Any]:
+        (directory / "file").write_bytes(b"x" * size)
+        return {}
+
+    store.get_or_build(stage, key, write, {})
+    return stage, key
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "home" / ".clozeline" / "store")
+
+
+def test_config_lists_every_setting_with_variable_value_default_choices_and_meaning(
+    environment: dict[str, str],
+) -> None:
+    given = {"CLOZELINE_ENGINE": "ray", "CLOZELINE_STAGE_TIMEOUT": "60"}
+    listed = json.loads(clozeline({**environment, **given}, "config", "--json").stdout)
+    settings = {row["variable"]: row for row in listed["settings"]}
+    assert list(settings) == [f"CLOZELINE_{name.upper()}" for name in Settings.model_fields]
+    assert all(row["description"] for row in settings.values())
+    engine = settings["CLOZELINE_ENGINE"]
+    assert (engine["value"], engine["default"], engine["given"]) == ("ray", "local", True)
+    assert engine["choices"] == list(ENGINES)
+    assert settings["CLOZELINE_STAGE_TIMEOUT"]["value"] == 60
+    assert settings["CLOZELINE_STORE"]["given"] is False
+    assert listed["in_force"]["store"] == str(Path(environment["CLOZELINE_HOME"], ".clozeline", "store"))
+    assert listed["prefect"] == {"PREFECT_API_URL": None, "from": None}
+
+
+def test_config_tells_the_server_in_force_and_masks_credentials(environment: dict[str, str]) -> None:
+    given = {
+        "PREFECT_API_URL": "http://me:secret@127.0.0.1:4200/api",
+        "CLOZELINE_STORE": "s3://key:secret@bucket/store",
+        "CLOZELINE_RAY_ADDRESS": "ray://me:secret@head:10001",
+        "CLOZELINE_ENGIN": "ray",
+        "COLUMNS": "200",
+    }
+    for arguments in (["config"], ["config", "--json"]):
+        done = clozeline({**environment, **given}, *arguments)
+        assert done.returncode == 0, done.stderr
+        for shown in ("http://***@127.0.0.1:4200/api", "s3://***@bucket/store", "ray://***@head:10001"):
+            assert shown in done.stdout
+        assert "secret" not in done.stdout + done.stderr
+    assert "CLOZELINE_ENGINE" in clozeline({**environment, **given}, "config").stderr  # the nearest to CLOZELINE_ENGIN
+
+
+@pytest.mark.parametrize("command", [["config"], ["run", "no.yaml"], ["store", "gc"], ["init", "no.parquet"]])
+def test_a_wrong_value_of_a_variable_is_the_users_error_in_every_command(
+    environment: dict[str, str], command: list[str]
+) -> None:
+    given = {"CLOZELINE_ENGINE": "foo", "CLOZELINE_STAGE_TIMEOUT": "abc"}
+    done = clozeline({**environment, **given}, *command)
+    assert done.returncode == 2
+    assert "CLOZELINE_ENGINE=foo" in done.stderr
+    assert "'pool'" in done.stderr
+    assert "CLOZELINE_STAGE_TIMEOUT=abc" in done.stderr
+    assert "pydantic" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_needs_no_right_settings(environment: dict[str, str]) -> None:
+    done = clozeline({**environment, "CLOZELINE_ENGINE": "foo"}, "run", "--help")
+    assert done.returncode == 0
+    assert "local|pool|ray|dask" in done.stdout
+
+
+def test_an_unknown_engine_is_refused_with_the_known_ones(environment: dict[str, str]) -> None:
+    done = clozeline(environment, "run", "no.yaml", "--engine", "foo")
+    assert done.returncode == 2
+    assert all(engine in done.stderr for engine in ENGINES)
+
+
+@pytest.mark.prefect
+def test_a_run_tells_that_it_waits_for_another_and_takes_the_engine_that_it_is_given(
+    environment: dict[str, str], tiny_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "blocked" / "ray").mkdir(parents=True)
+    (tmp_path / "blocked" / "ray" / "__init__.py").write_text("raise ImportError")  # as where it is not installed
+    release = tmp_path / "release"
+    search = os.pathsep.join([str(tmp_path / "blocked"), str(Path(__file__).resolve().parent.parent)])
+    command = [sys.executable, "-m", "flows.cli", "run", str(tiny_task()), "--out", str(release), "--engine", "ray"]
+    with release_lease(str(release)):
+        running = subprocess.Popen(
+            command,
+            env={**environment, "PYTHONPATH": search, "CLOZELINE_ENGINE": "dask"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert running.stderr is not None
+        line = next(line for line in running.stderr if "waiting" in line)
+        assert "waiting for another run" in line
+        assert str(release) in line
+        assert f"process {os.getpid()}" in line
+    _, told = running.communicate(timeout=90)
+    assert running.returncode == 2
+    assert "the engine ray needs Ray" in told
+
+
+def test_store_ls_lists_artifacts_with_sizes(
+    store: Store, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(store, "fit", "a" * 32, 3000)
+    with store.using([build(store, "blend", "b" * 32, 10)], {}):
+        found = json.loads(in_process(monkeypatch, environment, "store", "ls", "--json"))
+        table = in_process(monkeypatch, {**environment, "COLUMNS": "160"}, "store", "ls")
+    assert {(row["stage"], row["key"], row["in_use"]) for row in found} == {
+        ("fit", "a" * 32, False),
+        ("blend", "b" * 32, True),
+    }
+    assert all(row["bytes"] >= size for row, size in zip(found, (3000, 10), strict=True))
+    assert "2 artifacts" in table
+
+
+def test_store_du_adds_up_each_stage(
+    store: Store, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(store, "blend", "a" * 32, 10)
+    build(store, "fit", "b" * 32, 30_000)
+    build(store, "fit", "c" * 32, 30_000)
+    found = json.loads(in_process(monkeypatch, environment, "store", "du", "--json"))
+    assert list(found["stages"]) == ["fit", "blend"]
+    assert 60_000 <= found["stages"]["fit"] < 65_000
+    assert found["bytes"] == sum(found["stages"].values())
+    assert "kB" in in_process(monkeypatch, environment, "store", "du")
+
+
+def test_store_gc_only_tells_what_would_go_unless_told_to_remove_it(
+    store: Store, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loose = build(store, "fit", "a" * 32, 3000)
+    older, newer = build(store, "release", "b" * 32, 10), build(store, "release", "c" * 32, 10)
+    store.record_release("tiny", "/releases/tiny", "0001", [older])
+    time.sleep(1.1)  # records are told apart by the second
+    store.record_release("tiny", "/releases/tiny", "0002", [newer])
+
+    def gone(options: Iterable[str]) -> set[tuple[str, str]]:
+        told = json.loads(in_process(monkeypatch, environment, "store", "gc", "--json", *options))
+        assert told["removed"] is ("--yes" in options)
+        assert all(row["why"] for row in told["stays"])
+        return {(row["stage"], row["key"]) for row in told["goes"]}
+
+    assert gone([]) == {loose}
+    assert gone(["--keep", "1"]) == {loose, older}
+    assert "dry run: 1 artifacts would go" in in_process(monkeypatch, environment, "store", "gc")
+    assert all(store.find(*reference) for reference in (loose, older, newer))
+    assert gone(["--keep", "1", "--yes"]) == {loose, older}
+    assert [store.find(*reference) is not None for reference in (loose, older, newer)] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (34_500_000, "34.5 MB"), (2.5e9, "2.5 GB"), (3e15, "3000.0 TB")],
+)
+def test_sizes_for_people(count: float, shown: str) -> None:
+    assert human_bytes(count) == shown
