@@ -22,7 +22,8 @@ STATE=$CLOZELINE_HOME/.clozeline/cluster
 LOGS=$STATE/logs
 PORT=${CLOZELINE_PORT:-4200}
 HOST=${CLOZELINE_SERVER_HOST:-127.0.0.1}
-if [[ -x $PROJECT/.venv/bin/prefect ]]; then BIN=$PROJECT/.venv/bin; else BIN=$(dirname "$(command -v prefect || echo /)"); fi
+BIN=$PROJECT/.venv/bin
+[[ -x $BIN/prefect ]] || BIN=$(dirname "$(command -v prefect || echo /)")
 START_SECONDS=120
 STOP_SECONDS=15
 CPU_LIMIT=4 # runs at once; they wait for stages most of the time
@@ -191,7 +192,8 @@ check_settings() {
 start_server() {
   local until=$((SECONDS + START_SECONDS))
   if pid_of server >/dev/null; then
-    [[ $(<"$STATE/url") == "$PREFECT_API_URL" ]] || fail "the server runs at $(<"$STATE/url")" "deploy/cluster.sh down" 2
+    [[ $(<"$STATE/url") == "$PREFECT_API_URL" ]] ||
+      fail "the server runs at $(<"$STATE/url")" "deploy/cluster.sh down" 2
   elif [[ $(answers /health) != 000 ]]; then
     fail "something else answers at $PREFECT_API_URL" "set CLOZELINE_PORT to a free port" 2
   fi

@@ -43,14 +43,14 @@ def ls(as_json: AsJson = False) -> None:
     if as_json:
         print_json([vars(stored) for stored in artifacts])
         return
-    table = Table("stage", "key", "size", "files", "created (UTC)", "in use", title=escape(name), title_justify="left")
+    table = Table("stage", "key", "size", "files", "created (UTC)", "in use", title="artifacts", title_justify="left")
     for stored in artifacts:
         used = "yes" if stored.in_use else ""
         size, when = human_bytes(stored.bytes), _when(stored.created)
         table.add_row(escape(stored.stage), stored.key, size, f"{stored.files:,}", when, used)
     out.print(table)
     total = human_bytes(sum(stored.bytes for stored in artifacts))
-    say(f"{len(artifacts):,} artifacts, {total}")
+    say(f"{len(artifacts):,} artifacts, {total}: {escape(name)}")
 
 
 @app.command()
@@ -61,11 +61,11 @@ def du(as_json: AsJson = False) -> None:
     if as_json:
         print_json({"stages": sizes, "bytes": sum(sizes.values())})
         return
-    table = Table("stage", "size", title=escape(name), title_justify="left")
+    table = Table("stage", "size", title="disk use", title_justify="left")
     for stage, size in sizes.items():
         table.add_row(escape(stage), human_bytes(size))
     out.print(table)
-    say(f"{human_bytes(sum(sizes.values()))} in all")
+    say(f"{human_bytes(sum(sizes.values()))} in all: {escape(name)}")
 
 
 @app.command()
@@ -96,16 +96,16 @@ def gc(
         )
         return
     if found.goes or found.stays or found.litter:
-        _show(found, name)
+        _show(found)
     freed = human_bytes(found.bytes)
     if yes:
-        say(f"removed {len(found.goes):,} artifacts: {freed} freed")
+        say(f"removed {len(found.goes):,} artifacts, {freed} freed: {escape(name)}")
     else:
-        say(f"dry run: {len(found.goes):,} artifacts would go, {freed}; --yes removes them")
+        say(f"dry run: {len(found.goes):,} artifacts would go, {freed}: {escape(name)}; --yes removes them")
 
 
-def _show(found: Collection, name: str) -> None:
-    table = Table("what", "number", "size", "why", title=escape(name), title_justify="left")
+def _show(found: Collection) -> None:
+    table = Table("what", "number", "size", "why", title="collection", title_justify="left")
 
     def add(what: str, why: str, sizes: Iterable[int]) -> None:
         sizes = list(sizes)

@@ -25,6 +25,10 @@ def end_with_worker() -> None:
     def watch() -> None:
         while os.getppid() == worker:
             time.sleep(_LOOK_SECONDS)
+        # What reads this process's output is gone too: the next line of log would end it before it has reported.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_GRACE_SECONDS)
         os._exit(1)

@@ -218,6 +218,14 @@ class _Directory(Inventory):
                 name = f"{TEMPORARY}/{path.name}"
                 size = sum(entry.bytes for file, entry in self.files.items() if file.startswith(name + "/"))
                 found.append(Litter(name, size, "the work of a builder that is dead"))
+        for name, entry in self.files.items():
+            # Not registered yet: its work was killed at its very start, or is just about to be named.
+            if (
+                name.startswith(f"{USES}/.")
+                and time.time() - entry.modified > _UPLOAD_SECONDS
+                and not self.is_live(name)
+            ):
+                found.append(Litter(name, entry.bytes, "work that ended without a word long ago"))
         for path in sorted((root / LOCKS).glob("*-*")):
             stage, _, key = path.name.partition("-")
             if _KEY.fullmatch(key) and not self.is_busy(stage, key):

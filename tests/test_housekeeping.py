@@ -235,6 +235,17 @@ def test_a_dead_builders_work_is_swept_and_a_living_ones_is_not(disk: Store) -> 
     assert [dead.exists(), living.exists(), half_removed.exists(), foreign.exists()] == [False, True, False, True]
 
 
+def test_work_that_was_killed_before_it_had_registered_leaves_nothing_for_long(disk: Store) -> None:
+    with disk.using([], {}):
+        pass
+    young, old = (disk.root / "uses" / f".{name}.json" for name in ("young", "old"))
+    young.touch()
+    old.touch()
+    os.utime(old, (0, 0))
+    collect(disk, keep=1)
+    assert [young.exists(), old.exists()] == [True, False]
+
+
 def test_an_artifact_without_a_manifest_is_litter(disk: Store) -> None:
     reference = add(disk, "fit", "one")
     (disk.path_of(*reference) / "manifest.json").unlink()
