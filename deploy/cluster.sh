@@ -12,6 +12,7 @@
 #   CLOZELINE_SERVER_HOST     the server's address; by default 127.0.0.1. Any that others can reach needs a password:
 #   PREFECT_SERVER_API_AUTH_STRING   user:password
 #   CLOZELINE_DATABASE_URL    postgresql+asyncpg://user:password@host:port/database; by default SQLite
+#   CLOZELINE_SILENCE         seconds without heartbeats after which a run is taken for dead; by default 300
 #   CUDA_VISIBLE_DEVICES      the GPUs to use; by default all
 set -euo pipefail
 
@@ -239,7 +240,7 @@ up() {
     pin=CLOZELINE_DEVICE devices=(cpu-0 cpu-1)
   fi
   start_server
-  "$BIN/python" "$PROJECT/deploy/configure.py" --gpus "${#devices[@]}"
+  "$BIN/python" "$PROJECT/deploy/configure.py" --gpus "${#devices[@]}" --silence "${CLOZELINE_SILENCE:-300}"
   mapfile -t command < <(worker cpu cpu "$CPU_LIMIT")
   # What the parents hand out goes to the pool gpu.
   start cpu "$CLOZELINE_HOME" env CLOZELINE_ENGINE="${CLOZELINE_ENGINE:-pool}" "${command[@]}"

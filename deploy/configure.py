@@ -34,7 +34,6 @@ POOLS = {
 PRIORITIES = {"ad-hoc": 1, "nightly": 2}
 HEARTBEATS = "mark runs without heartbeats as crashed"
 # Three heartbeats of PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30.
-SILENCE = timedelta(seconds=90)
 
 
 async def create_pools(client: PrefectClient, gpus: int) -> None:
@@ -60,8 +59,11 @@ async def create_pools(client: PrefectClient, gpus: int) -> None:
                 await client.create_work_queue(queue, priority=priority, work_pool_name=pool)
 
 
-async def watch_heartbeats() -> None:
-    """Create the automation that notices machines that died: their runs would be `Running` for ever."""
+async def watch_heartbeats(silence: timedelta) -> None:
+    """Create the automation that notices machines that died: their runs would be `Running` for ever.
+
+    A server that was away for longer than `silence` takes the runs that lived through it for dead, too.
+    """
     try:
         await Automation.aread(name=HEARTBEATS)
     except ValueError:
@@ -69,7 +71,7 @@ async def watch_heartbeats() -> None:
         ends = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
         await Automation(
             name=HEARTBEATS,
-            description=f"A run without heartbeats for {SILENCE.seconds} s is gone with its process or machine.",
+            description=f"A run without heartbeats for {silence.seconds} s is gone with its process or machine.",
             trigger=EventTrigger(
                 after={"prefect.flow-run.heartbeat"},
                 expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ends)},
@@ -77,10 +79,10 @@ async def watch_heartbeats() -> None:
                 for_each={"prefect.resource.id"},
                 posture=Posture.Proactive,
                 threshold=1,
-                within=SILENCE,
+                within=silence,
             ),
             actions=[
-                ChangeFlowRunState(state=StateType.CRASHED, message=f"no heartbeat for {SILENCE.seconds} seconds")
+                ChangeFlowRunState(state=StateType.CRASHED, message=f"no heartbeat for {silence.seconds} seconds")
             ],
         ).acreate()
 
@@ -117,20 +119,23 @@ async def deploy(client: PrefectClient) -> None:
             await client.pause_automation(automation.id)
 
 
-async def configure(gpus: int) -> None:
+async def configure(gpus: int, silence: timedelta) -> None:
     """All of it, on the server that Prefect is configured for."""
     async with get_client() as client:
         await create_pools(client, gpus)
         await deploy(client)
-    await watch_heartbeats()
+    await watch_heartbeats(silence)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpus", type=int, required=True, help="how many GPU workers there are in all")
+    parser.add_argument(
+        "--silence", type=int, default=300, help="seconds without heartbeats after which a run is taken for dead"
+    )
     options: Any = parser.parse_args(arguments)
-    asyncio.run(configure(options.gpus))
+    asyncio.run(configure(options.gpus, timedelta(seconds=options.silence)))
 
 
 if __name__ == "__main__":

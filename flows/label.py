@@ -18,7 +18,7 @@ from flows import dispatch, observer
 from flows.storage import use_storage_block
 from flows.worker import end_with_worker
 from pipeline.checks import check_task
-from pipeline.errors import StageFailed
+from pipeline.errors import StageFailed, StoreDamaged
 from pipeline.locations import is_url
 from pipeline.plan import Plan, plan_run
 from pipeline.publishing import Published, publish, release_lease, release_path
@@ -26,6 +26,7 @@ from pipeline.settings import EngineName, Settings
 from pipeline.store import Store, open_store
 from pipeline.task import Task
 
+_REBUILDS = 3
 Priority = Literal["ad-hoc", "nightly"]
 
 
@@ -115,23 +116,32 @@ def label(
     # Held from the plan on, since the plan depends on what was released before.
     with release_lease(release, waiting):
         plan = plan_run(loaded, out)
-        missing = plan.to_build(store)
-        observer.current().planned(plan, missing)
+        observer.current().planned(plan, plan.to_build(store))
         references = [(call.stage, call.key) for call in plan.calls]
         with store.using(references, {"run": str(flow_run.id), "release": release}):
-            dispatcher = dispatch.Dispatcher(engine, store, priority, storage_block)
-            seconds = _run_stages(plan, {call.key for call in missing}, dispatcher)
+            executed: list[str] = []
+            for rebuilds_left in reversed(range(_REBUILDS + 1)):
+                dispatcher = dispatch.Dispatcher(engine, store, priority, storage_block)
+                try:
+                    seconds = _run_stages(plan, {call.key for call in plan.to_build(store)}, dispatcher)
+                    break
+                except StoreDamaged as error:  # it was put out of the store, so that this stage alone is built again
+                    if not rebuilds_left:
+                        raise
+                    get_run_logger().warning("%s; it is built again", error)
+                finally:
+                    executed += dispatcher.executed
             artifact = store.find(plan.release.stage, plan.release.key)
             if artifact is None:
                 raise StageFailed("the release stage left nothing in the store")
             published = publish(store.fetch(artifact), release)
-            store.record_release(loaded.name, release, Path(published.path).name, references)
+            store.record_release(loaded.name, release, published.name, references)
     summary = {
         **artifact.meta,
         "release": str(published.path),
         "new": published.new,
         "warnings": [*warnings, *_left_out(plan, store)],
-        "executed": dispatcher.executed,
+        "executed": executed,
         "seconds": seconds,
     }
     try:
@@ -209,6 +219,6 @@ def _draw(summary: dict[str, Any], plan: Plan, store: Store, published: Publishe
         tested = [{"method": method, **(found or {})} for method, found in summary["test"].items()]
         create_table_artifact(tested, key=f"{name}-test", description="Accuracy on the test file")
     brief = {key: summary[key] for key in ("release", "new", "rows", "executed", "seconds")}
-    markdown = f"# {Path(published.path).name}\n\n```json\n{json.dumps(brief, indent=1)}\n```\n"
+    markdown = f"# {published.name}\n\n```json\n{json.dumps(brief, indent=1)}\n```\n"
     create_markdown_artifact(markdown, key=f"{name}-release", description="The release")
     create_link_artifact(published.uri, key=f"{name}-link", link_text=published.path)

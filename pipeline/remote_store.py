@@ -98,17 +98,19 @@ class RemoteStore(Store):
                     try:
                         transfer.fetch_files(source, artifact.manifest["files"], temporary)
                     except FileNotFoundError as error:
-                        raise StoreDamaged(f"a file below {source} is gone; run again") from error
+                        raise StoreDamaged(f"a file below {source} is gone") from error
                     try:
                         Artifact(temporary, artifact.manifest, artifact.run).verify()
                     except StoreDamaged as error:
-                        raise StoreDamaged(
-                            f"what lies below {source} does not match its manifest; delete it and run again"
-                        ) from error
+                        raise StoreDamaged(f"what lies below {source} does not match its manifest") from error
                     _keep(temporary, artifact)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
         return artifact
+
+    def discard(self, stage: str, key: str) -> None:
+        locations.remove([locations.join(self.url_of(stage, key), MANIFEST)])
+        super().discard(stage, key)
 
     def get_or_build(
         self, stage: str, key: str, build: Build, header: Mapping[str, Json], record: Mapping[str, Json] | None = None

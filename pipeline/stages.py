@@ -30,7 +30,7 @@ from pipeline.batching import batch_share
 from pipeline.cross_validation import stratified_folds
 from pipeline.device import device_name, numeric_profile
 from pipeline.ensemble import blend, disagreement, majority, margin, match_prior, shrunk_weights
-from pipeline.errors import ClozelineError, InputError
+from pipeline.errors import ClozelineError, InputError, StoreDamaged
 from pipeline.metrics import classification_metrics
 from pipeline.prepare import prepare_rows
 from pipeline.routing import CANDIDATES_PER_ROW, lowest
@@ -474,6 +474,7 @@ def run_stage(
     Raises:
         InputError: the user's data is at fault.
         ClozelineError: an input is missing from the store.
+        StoreDamaged: an input did not match its manifest; it was discarded.
     """
     store = open_store(request["store"])
     mine = (request["stage"], request["key"])
@@ -491,14 +492,19 @@ def run_stage(
     def build(out: Path) -> dict[str, Any]:
         nonlocal built
         built = True
-        inputs = {}
+        inputs, verified = {}, set[Path]()
         for name, reference in references.items():
             found = store.find(*reference)
             if found is None:
                 raise ClozelineError(f"{request['title']} needs {'/'.join(reference)}, which the store does not have")
-            inputs[name] = store.fetch(found)
-        for artifact in {artifact.path: artifact for artifact in inputs.values()}.values():
-            artifact.verify()
+            try:
+                inputs[name] = store.fetch(found)
+                if found.path not in verified:
+                    inputs[name].verify()
+                    verified.add(found.path)
+            except StoreDamaged:
+                store.discard(*reference)  # whoever planned this has it built again
+                raise
         job = Job(request["spec"], inputs, _located(request["where"]), request["key"], out, progress)
         with building():
             started = time.time()

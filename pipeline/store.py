@@ -21,7 +21,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -114,7 +114,7 @@ class Artifact:
         for name, expected in self.manifest["files"].items():
             file = self.path / name
             if not file.is_file() or sha256_of(file) != expected["sha256"]:
-                raise StoreDamaged(f"{file} does not match its manifest; delete {self.path} and run again")
+                raise StoreDamaged(f"{file} does not match its manifest")
 
 
 def open_store(location: str | Path) -> Store:
@@ -206,6 +206,15 @@ class Store:
         if built is None:
             raise StoreDamaged(f"{self.path_of(stage, key)} vanished while it was being published")
         return built
+
+    def discard(self, stage: str, key: str) -> None:
+        """Forget an artifact, because it is damaged: the next `get_or_build` builds it anew."""
+        with locked(self.root / LOCKS / f"{stage}-{key}"):
+            aside = self._temporary(stage, key)
+            aside.parent.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):
+                os.rename(self.path_of(stage, key), aside)
+            self._sweep(stage, key)
 
     def _temporary(self, stage: str, key: str) -> Path:
         return self.root / TEMPORARY / f"{stage}-{key}-{uuid.uuid4().hex[:8]}"

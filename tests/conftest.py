@@ -52,9 +52,8 @@ def sentence(draw: random.Random, words: Sequence[str]) -> str:
     return " ".join(["the", about, "was", mood[0], "and", mood[1], *glue]) + "."
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a random BERT for masked-language modelling: 2 layers, 32 wide, lower-case WordPiece."""
+def write_tiny_model(path: Path) -> None:
+    """Write a random BERT for masked-language modelling: 2 layers, 32 wide, lower-case WordPiece."""
     import torch
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
@@ -94,9 +93,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             initializer_range=0.2,
         )
     )
-    path = tmp_path_factory.mktemp("models") / "tiny-bert"
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of `write_tiny_model`'s BERT."""
+    path = tmp_path_factory.mktemp("models") / "tiny-bert"
+    write_tiny_model(path)
     return path
 
 
@@ -165,63 +170,78 @@ def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
             into[key] = value
 
 
+def write_tiny_task(
+    root: Path,
+    model: Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    labelled: int = 8,
+    unlabelled: int = 24,
+    test: int = 10,
+    seed: int = 0,
+) -> Path:
+    """Write a task with its Parquet.
+
+    Args:
+        root: the directory; made when missing.
+        model: the directory of its base model.
+        changes: merged into the YAML.
+        labelled, unlabelled, test: rows of each file.
+        seed: of the sentences.
+
+    Returns:
+        The path of its ``task.yaml``.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    for name, rows in (("labelled", labelled), ("unlabelled", unlabelled), ("test", test)):
+        moods = [i % 2 for i in range(rows)]
+        columns = {
+            "key": [f"{name}-{i}" for i in range(rows)],
+            "text": [sentence(draw, BAD if mood else GOOD) for mood in moods],
+            "shop": [draw.choice(["north", "south"]) for _ in moods],
+        }
+        if name != "unlabelled":
+            columns["label"] = ["bad" if mood else "good" for mood in moods]
+        pq.write_table(pa.table(columns), root / f"{name}.parquet")
+    task: dict[str, Any] = {
+        "name": "tiny",
+        "labels": {"good": ["good", "great"], "bad": ["bad", "awful"]},
+        "inputs": {
+            "labelled": "labelled.parquet",
+            "unlabelled": ["unlabelled.parquet"],
+            "test": "test.parquet",
+            "id": "key",
+            "carry": ["shop"],
+        },
+        "annotators": ["{text} It was {mask}.", "{mask}: {text}"],
+        "base_model": str(model),
+        "training": {
+            "preset": "quick",
+            "steps": 2,
+            "batch_size": 4,
+            "mlm_batch_size": 4,
+            "max_length": 48,
+            "folds": 2,
+            "dtype": "float32",
+        },
+        "student": {"steps": 2, "batch_size": 4},
+        "release": {"review_budget": 5},
+    }
+    _merge(task, changes or {})
+    path = root / "task.yaml"
+    path.write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def tiny_task(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Write a task with its Parquet and return the path of its ``task.yaml``.
+    """`write_tiny_task` with the tiny model, in a folder below the test's directory.
 
-    ``tiny_task("folder", {"training": {"folds": 0}}, labelled=4)``: the folder is made below the test's
-    directory, the mapping is merged into the YAML, and the numbers are rows.
+    ``tiny_task("folder", {"training": {"folds": 0}}, labelled=4)`` gives the path of its ``task.yaml``.
     """
 
-    def make(
-        folder: str = "task",
-        changes: Mapping[str, Any] | None = None,
-        *,
-        labelled: int = 8,
-        unlabelled: int = 24,
-        test: int = 10,
-        seed: int = 0,
-    ) -> Path:
-        root = tmp_path / folder
-        root.mkdir(parents=True, exist_ok=True)
-        draw = random.Random(seed)
-        for name, rows in (("labelled", labelled), ("unlabelled", unlabelled), ("test", test)):
-            moods = [i % 2 for i in range(rows)]
-            columns = {
-                "key": [f"{name}-{i}" for i in range(rows)],
-                "text": [sentence(draw, BAD if mood else GOOD) for mood in moods],
-                "shop": [draw.choice(["north", "south"]) for _ in moods],
-            }
-            if name != "unlabelled":
-                columns["label"] = ["bad" if mood else "good" for mood in moods]
-            pq.write_table(pa.table(columns), root / f"{name}.parquet")
-        task: dict[str, Any] = {
-            "name": "tiny",
-            "labels": {"good": ["good", "great"], "bad": ["bad", "awful"]},
-            "inputs": {
-                "labelled": "labelled.parquet",
-                "unlabelled": ["unlabelled.parquet"],
-                "test": "test.parquet",
-                "id": "key",
-                "carry": ["shop"],
-            },
-            "annotators": ["{text} It was {mask}.", "{mask}: {text}"],
-            "base_model": str(tiny_model),
-            "training": {
-                "preset": "quick",
-                "steps": 2,
-                "batch_size": 4,
-                "mlm_batch_size": 4,
-                "max_length": 48,
-                "folds": 2,
-                "dtype": "float32",
-            },
-            "student": {"steps": 2, "batch_size": 4},
-            "release": {"review_budget": 5},
-        }
-        _merge(task, changes or {})
-        path = root / "task.yaml"
-        path.write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
-        return path
+    def make(folder: str = "task", changes: Mapping[str, Any] | None = None, **rows: int) -> Path:
+        return write_tiny_task(tmp_path / folder, tiny_model, changes, **rows)
 
     return make

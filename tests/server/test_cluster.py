@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,82 +18,11 @@ import psutil
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-SCRIPT = ROOT / "deploy" / "cluster.sh"
+from tests.server.cluster import ROOT, Cluster, marked, wait_until
+
 HEARTBEATS = "mark runs without heartbeats as crashed"
 
 pytestmark = pytest.mark.server
-
-
-class Cluster:
-    """The script in a directory and on a port of its own."""
-
-    def __init__(self, home: Path, **environment: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "CLOZELINE_"))}
-        self.environment = {
-            **kept,
-            "CLOZELINE_HOME": str(home),
-            "CLOZELINE_PORT": str(self.port),
-            "CUDA_VISIBLE_DEVICES": "",
-            **environment,
-        }
-        self.state = home / ".clozeline" / "cluster"
-        self.api = f"http://127.0.0.1:{self.port}/api"
-
-    def __call__(self, *arguments: str, code: int = 0) -> str:
-        """Run the script; gives what it says."""
-        done = subprocess.run(
-            [SCRIPT, *arguments], env=self.environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    def pids(self) -> dict[str, int]:
-        """The process of each member."""
-        return {file.stem: int(file.read_text().split()[0]) for file in self.state.glob("*.pid")}
-
-    def prefect(self, *arguments: str) -> str:
-        """The command line of Prefect as a user has it: nothing but the address (and the password)."""
-        environment = {**self.environment, "PREFECT_API_URL": self.api, "PREFECT_HOME": str(self.state / "client")}
-        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Read from the server: GET, or POST with a body; with a CSRF token."""
-        with httpx.Client(base_url=self.api, timeout=30) as client:
-            if body is None:
-                answer = client.get(path)
-            else:
-                token = client.get("/csrf-token", params={"client": "test"}).json()["token"]
-                headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
-                answer = client.post(path, json=body, headers=headers)
-        answer.raise_for_status()
-        return answer.json()
-
-    def queues(self, pool: str) -> dict[str, int]:
-        """The priorities of a pool's queues."""
-        return {queue["name"]: queue["priority"] for queue in self.ask(f"/work_pools/{pool}/queues/filter", {})}
-
-    def content(self) -> dict[str, Any]:
-        """What the server holds."""
-        pools = self.ask("/work_pools/filter", {})
-        return {
-            "pools": {pool["name"]: (pool["id"], pool["type"], pool["concurrency_limit"]) for pool in pools},
-            "queues": {
-                pool["name"]: {
-                    queue["name"]: queue["priority"]
-                    for queue in self.ask(f"/work_pools/{pool['name']}/queues/filter", {})
-                }
-                for pool in pools
-            },
-            "deployments": {found["id"]: found["name"] for found in self.ask("/deployments/filter", {})},
-            "automations": sorted((found["name"], found["enabled"]) for found in self.ask("/automations/filter", {})),
-        }
 
 
 @pytest.fixture
@@ -110,26 +38,6 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     for one in made:
         one("down")
         assert not one.pids()
-
-
-def marked(home: Path) -> list[int]:
-    """The processes that the cluster started, and what these started."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            mark = process.environ().get("CLOZELINE_CLUSTER_MEMBER", "")
-            if process.status() != psutil.STATUS_ZOMBIE and mark.startswith(str(home)):
-                found.append(process.pid)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
-def wait_until(true: Callable[[], bool], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.2)
 
 
 def test_up_configures_a_server_restarts_what_died_and_down_ends_just_its_own(
