@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down status test lint format clean
+.PHONY: help install demo up down status test test-server lint format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,6 +34,14 @@ test: install  ## Lint, type-check and run the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+# Ray and Dask are large, and only these tests need them.
+$(VENV)/installed-engines: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,ray,dask]'
+	touch $@
+
+test-server: $(VENV)/installed-engines  ## Run what takes a real server, workers and kills (about 20 minutes)
+	$(BIN)/python -m pytest -q -m server --durations=0
 
 lint: install  ## Lint and type-check
 	$(BIN)/ruff check .

@@ -154,6 +154,13 @@ except OSError:
 PYTHON
 }
 
+# What `environment` sets, whatever the environment held, and may be printed.
+OWN=(
+  DO_NOT_TRACK PREFECT_API_URL PREFECT_FLOWS_HEARTBEAT_FREQUENCY PREFECT_HOME PREFECT_SERVER_ANALYTICS_ENABLED
+  PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_LOOP_SECONDS
+  PREFECT_SERVER_UI_API_URL PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT PREFECT_WORKER_QUERY_SECONDS
+)
+
 environment() {
   local address=$HOST
   case $HOST in
@@ -218,7 +225,8 @@ gpus() { # the GPUs to use, one a line
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^$/d'
   else
-    nvidia-smi -L | sed -n 's/^GPU \([0-9]*\):.*/\1/p'
+    nvidia-smi -L | sed -n 's/^GPU \([0-9]*\):.*/\1/p' ||
+      fail "nvidia-smi does not tell the GPUs" "mend the driver, or set CUDA_VISIBLE_DEVICES= to use none" 2
   fi
 }
 
@@ -228,22 +236,22 @@ worker() { # POOL NAME LIMIT: the command of a worker
 }
 
 up() {
-  local command devices pin=CUDA_VISIBLE_DEVICES device
+  local command devices=() found pin=CUDA_VISIBLE_DEVICES device
   check_settings
   mkdir -p "$LOGS"
   chmod 700 "$STATE" # logs and the database hold texts
   exec 9>"$STATE/lock"
   flock -w 300 9 || fail "another 'up' or 'down' is at work"
   environment
-  mapfile -t devices < <(gpus)
+  found=$(gpus)
+  if [[ -n $found ]]; then mapfile -t devices <<<"$found"; fi
   if ((${#devices[@]} == 0)); then
     pin=CLOZELINE_DEVICE devices=(cpu-0 cpu-1)
   fi
   start_server
   "$BIN/python" "$PROJECT/deploy/configure.py" --gpus "${#devices[@]}" --silence "${CLOZELINE_SILENCE:-300}"
   mapfile -t command < <(worker cpu cpu "$CPU_LIMIT")
-  # What the parents hand out goes to the pool gpu.
-  start cpu "$CLOZELINE_HOME" env CLOZELINE_ENGINE="${CLOZELINE_ENGINE:-pool}" "${command[@]}"
+  start cpu "$CLOZELINE_HOME" "${command[@]}"
   for device in "${devices[@]}"; do
     mapfile -t command < <(worker gpu "gpu-${device#cpu-}" 1)
     start "gpu-${device#cpu-}" "$CLOZELINE_HOME" env "$pin=$device" "${command[@]}"
@@ -295,7 +303,6 @@ unit() { # NAME -> its text
       ;;
     clozeline-cpu-worker.service)
       description='Worker of Clozeline for runs'
-      environment='Environment=CLOZELINE_ENGINE=pool'
       command=$(worker cpu cpu "$CPU_LIMIT" | sed "s/$(uname -n)-/%H-/" | paste -sd' ')
       ;;
     *)
@@ -329,7 +336,7 @@ UNIT
 systemd() {
   local name
   check_settings
-  unset PREFECT_HOME PREFECT_SERVER_API_AUTH_STRING CLOZELINE_DATABASE_URL # what is secret is not printed
+  unset PREFECT_HOME
   environment
   for name in "${unit_names[@]}"; do
     if [[ -n ${1:-} ]]; then
@@ -343,7 +350,7 @@ systemd() {
   cat <<TEXT
 # --- /etc/clozeline/environment (root:clozeline, mode 640)
 CLOZELINE_HOME=$CLOZELINE_HOME
-$(env | grep -E '^(PREFECT_(API_URL|HOME|SERVER|CLIENT|WORKER|FLOWS)[A-Z_]*|DO_NOT_TRACK)=' | sort)
+$(for name in "${OWN[@]}"; do echo "$name=${!name}"; done)
 # with a password: PREFECT_SERVER_API_AUTH_STRING=user:password and PREFECT_API_AUTH_STRING=user:password
 # with PostgreSQL: PREFECT_SERVER_DATABASE_CONNECTION_URL=postgresql+asyncpg://user:password@host:port/database
 

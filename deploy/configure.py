@@ -1,6 +1,6 @@
 """Give a Prefect server what Clozeline needs: work pools, queues, deployments and the heartbeat automation.
 
-Run it again whenever you like: what is there stays as it is, switched-on schedules stay on::
+Run it again whenever you like: switches that people turned and schedules that they added stay as they are::
 
     PREFECT_API_URL=http://127.0.0.1:4200/api python deploy/configure.py --gpus 2
 """
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import subprocess
 import sys
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import yaml
 from prefect.automations import Automation
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
@@ -33,7 +36,6 @@ POOLS = {
 # Lower is taken first. Prefect's own queue `default` comes after both.
 PRIORITIES = {"ad-hoc": 1, "nightly": 2}
 HEARTBEATS = "mark runs without heartbeats as crashed"
-# Three heartbeats of PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30.
 
 
 async def create_pools(client: PrefectClient, gpus: int) -> None:
@@ -60,63 +62,79 @@ async def create_pools(client: PrefectClient, gpus: int) -> None:
 
 
 async def watch_heartbeats(silence: timedelta) -> None:
-    """Create the automation that notices machines that died: their runs would be `Running` for ever.
+    """Have the automation that notices machines that died: their runs would be `Running` for ever.
 
     A server that was away for longer than `silence` takes the runs that lived through it for dead, too.
     """
+    seconds = int(silence.total_seconds())
+    # Whatever ends or parks a run also ends its heartbeats.
+    ends = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
+    wanted = Automation(
+        name=HEARTBEATS,
+        description=f"A run without heartbeats for {seconds} s is gone with its process or machine.",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ends)},
+            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=silence,
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=f"no heartbeat for {seconds} seconds")],
+    )
     try:
-        await Automation.aread(name=HEARTBEATS)
+        found = await Automation.aread(name=HEARTBEATS)
     except ValueError:
-        # Whatever ends or parks a run also ends its heartbeats.
-        ends = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
-        await Automation(
-            name=HEARTBEATS,
-            description=f"A run without heartbeats for {silence.seconds} s is gone with its process or machine.",
-            trigger=EventTrigger(
-                after={"prefect.flow-run.heartbeat"},
-                expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ends)},
-                match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-                for_each={"prefect.resource.id"},
-                posture=Posture.Proactive,
-                threshold=1,
-                within=silence,
-            ),
-            actions=[
-                ChangeFlowRunState(state=StateType.CRASHED, message=f"no heartbeat for {silence.seconds} seconds")
-            ],
-        ).acreate()
+        await wanted.acreate()
+        return
+    if getattr(found.trigger, "within", None) != silence:
+        found.description, found.trigger, found.actions = wanted.description, wanted.trigger, wanted.actions
+        await found.aupdate()
 
 
-async def active_schedules(client: PrefectClient) -> set[tuple[str, str]]:
-    """Deployment and slug of each schedule that is switched on."""
-    flows = {flow.id: flow.name for flow in await client.read_flows()}
-    return {
-        (f"{flows[deployment.flow_id]}/{deployment.name}", schedule.slug)
-        for deployment in await client.read_deployments()
-        for schedule in deployment.schedules
-        if schedule.active and schedule.slug
-    }
+async def as_switched(client: PrefectClient, project: dict[str, Any]) -> dict[str, Any]:
+    """What prefect.yaml says, with the switches that people turned on the server and the schedules that they added.
+
+    Deploying it sets all of them in one request for each deployment, so that none is lost whenever it is stopped.
+    """
+    for wanted in project["deployments"]:
+        for number, trigger in enumerate(wanted.get("triggers", []), 1):
+            name = trigger.setdefault("name", f"{wanted['name']}__automation_{number}")
+            for automation in await client.read_automations_by_name(name):
+                trigger["enabled"] = automation.enabled
+        module, function = wanted["entrypoint"].rsplit(".", 1)
+        flow = getattr(importlib.import_module(module), function)
+        try:
+            found = await client.read_deployment_by_name(f"{flow.name}/{wanted['name']}")
+        except ObjectNotFound:
+            continue
+        active = {schedule.slug: schedule.active for schedule in found.schedules}
+        own = {schedule["slug"]: schedule for schedule in wanted.get("schedules", [])}
+        for slug, schedule in own.items():
+            schedule["active"] = active.get(slug, schedule["active"])
+        added = [
+            {
+                **schedule.schedule.model_dump(mode="json", exclude_none=True),
+                **schedule.model_dump(mode="json", include={"active", "parameters", "slug"}, exclude_none=True),
+            }
+            for schedule in found.schedules
+            if schedule.slug not in own
+        ]
+        wanted["schedules"] = [*own.values(), *added]
+    return project
 
 
 async def deploy(client: PrefectClient) -> None:
-    """Deploy all of prefect.yaml. It sets every switch to what the file says: those that people turned are put back."""
-    active = await active_schedules(client)
-    disabled = {automation.name for automation in await client.read_automations() if not automation.enabled}
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    """Deploy all of prefect.yaml."""
+    project = await as_switched(client, yaml.safe_load((PROJECT / "prefect.yaml").read_text(encoding="utf-8")))
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "prefect.yaml"
+        file.write_text(yaml.safe_dump(project), encoding="utf-8")
+        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"prefect deploy --all failed:\n{done.stdout}{done.stderr}")
-    for name, slug in sorted(active - await active_schedules(client)):
-        try:
-            deployment = await client.read_deployment_by_name(name)
-        except ObjectNotFound:
-            continue
-        for schedule in deployment.schedules:
-            if schedule.slug == slug:
-                await client.update_deployment_schedule(deployment.id, schedule.id, active=True)
-    for automation in await client.read_automations():
-        if automation.name in disabled and automation.enabled:
-            await client.pause_automation(automation.id)
 
 
 async def configure(gpus: int, silence: timedelta) -> None:

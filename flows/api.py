@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import ClozelineError, InputError
+from pipeline.locations import masked
 
 _REQUEST_SECONDS = 10.0
 _RETRIES = 2
-# With a colon before it, up to the last @: a secret may hold slashes, and masking too much does no harm.
-_CREDENTIALS = re.compile(r"://(?:[^@]*:.*@|[^/@]*@)")
-
-
-def masked(location: str) -> str:
-    """A URL without the credentials in it.
-
-    >>> masked("s3://me:secret@bucket/store"), masked("s3://bucket/store")
-    ('s3://***@bucket/store', 's3://bucket/store')
-    """
-    return _CREDENTIALS.sub("://***@", location)
 
 
 def server_address() -> str:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from flows import cli_store
-from flows.cli_config import checked_settings, config
+from flows.cli_config import config
 from flows.cli_console import (
     AsJson,
     OutDir,
@@ -89,9 +89,13 @@ def run(
         _dry_run(task, overrides, out_dir, as_json)
         return
     from pipeline.checks import check_task
+    from pipeline.publishing import release_path
     from pipeline.task import Task
 
-    check_task(Task.load(task, overrides))  # before anything is started: a wrong task is told within a second
+    # Before anything is started: a wrong task is told within a second.
+    loaded = Task.load(task, overrides)
+    release_path(loaded, out_dir)
+    check_task(loaded)
     with _prefect_server():
         from flows import dispatch
         from flows.label import label
@@ -266,7 +270,7 @@ def main() -> None:
     """Run the command and turn errors into exit codes."""
     try:
         if "--help" not in sys.argv:  # which is for those whose settings are wrong, too
-            checked_settings()
+            Settings()
         app(standalone_mode=True)
     except InputError as error:
         err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`clozeline config`, and the check of the environment that comes before every command."""
+"""`clozeline config`."""
 
 from __future__ import annotations
 
@@ -6,34 +6,16 @@ import difflib
 import os
 from typing import Any, get_args
 
-from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 from rich.markup import escape
 from rich.table import Table
 
-from flows.api import masked
 from flows.cli_console import AsJson, err, out, print_json, say, warn
-from pipeline.errors import InputError
+from pipeline.locations import masked
 from pipeline.settings import Settings
 
 _PREFIX = str(Settings.model_config["env_prefix"])
-
-
-def checked_settings() -> Settings:
-    """The settings in force.
-
-    Raises:
-        InputError: a variable has a value that it can't have; all are told at once.
-    """
-    try:
-        return Settings()
-    except ValidationError as error:
-        told = [
-            f"{_PREFIX}{str(problem['loc'][0]).upper()}={masked(str(problem['input']))}: "
-            f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
-            for problem in error.errors()
-        ]
-        raise InputError("\n".join(told), where="the environment", fix="correct or unset it") from None
+_OF_THE_CLUSTER = {f"{_PREFIX}{name}" for name in ("PORT", "SERVER_HOST", "DATABASE_URL", "SILENCE")}
 
 
 def _described(settings: Settings) -> list[dict[str, Any]]:
@@ -76,14 +58,14 @@ def config(as_json: AsJson = False) -> None:
     Settings are environment variables. None of them changes a byte of a result: they say where and by whom work
     is done. Credentials in URLs are not shown.
     """
-    settings = checked_settings()
+    settings = Settings()
     rows, server = _described(settings), _server()
     if as_json:
         derived = {"store": masked(settings.store_location), "cache": str(settings.cache_path)}
         print_json({"settings": rows, "in_force": derived, "prefect": server})
         return
     for variable in sorted(name for name in os.environ if name.startswith(_PREFIX)):
-        if variable not in {row["variable"] for row in rows}:
+        if variable not in {row["variable"] for row in rows} | _OF_THE_CLUSTER:
             [near] = difflib.get_close_matches(variable, [row["variable"] for row in rows], n=1, cutoff=0.0)
             warn(f"{variable} is no setting; the nearest is {near}", err)
     table = Table("variable", "value", "default", "meaning", title="settings", title_justify="left")

@@ -18,8 +18,8 @@ from pipeline.task import Task
 
 def notify(
     task: TaskFile,
-    payload_less: Annotated[
-        bool, typer.Option("--payload-less", help="Tell the task alone; no file is opened to count rows.")
+    no_counts: Annotated[
+        bool, typer.Option("--no-counts", help="Tell the task alone; no file is opened to count rows.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -29,7 +29,7 @@ def notify(
     """
     loaded = Task.load(task)
     location = task_location(task)
-    payload = announce(loaded, location, counted=not payload_less)
+    payload = announce(loaded, location, counted=not no_counts)
     if as_json:
         print_json({"event": DATA_LANDED, "payload": payload})
     else:

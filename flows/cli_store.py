@@ -11,10 +11,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows.api import masked
 from flows.cli_console import AsJson, human_bytes, out, print_json, say
 from pipeline.housekeeping import Collection, collect, disk_use, list_artifacts, plan_gc
 from pipeline.inventory import Stored
+from pipeline.locations import masked
 from pipeline.settings import Settings
 from pipeline.store import Store, open_store
 

@@ -27,10 +27,10 @@ from pipeline.store import Store, key_of
 
 RETRIES = 4
 # A task run costs the server more than a small stage costs this machine: small stages of one kind share one, until
-# it lasts minutes; no more of them than a server on SQLite takes at once.
-_GROUP_SECONDS, _MOST_GROUPS, _FEWEST_GROUPS = 120.0, 100, 4
-# What there is one of for each file. Elsewhere than beside the flow a stage run takes seconds to begin, so that the
-# scoring of the same rows by several annotators is shared out likewise.
+# it lasts minutes; no more of them than a server on SQLite takes at once. Elsewhere than beside the flow a stage run
+# takes seconds to begin, and fewer are enough.
+_GROUP_SECONDS, _MOST_GROUPS, _FEWEST_GROUPS, _FEWEST_FAR = 120.0, 100, 8, 2
+# What there is one of for each file; far away, what there is one of for each annotator and is soon done, too.
 _GROUPED = frozenset({"ingest", "label"})
 _GROUPED_FAR = _GROUPED | {"annotate"}
 # A process that is killed twice for the same stage was most likely killed for its memory.
@@ -182,12 +182,13 @@ def grouped(plan: Plan, missing: set[str], *, far: bool) -> list[list[Call]]:
         if kind not in alike:
             groups.append(alike.setdefault(kind, []))
         alike[kind].append(call)
-    return [part for group in groups for part in _parts(plan, group)]
+    fewest = _FEWEST_FAR if far else _FEWEST_GROUPS
+    return [part for group in groups for part in _parts(plan, group, fewest)]
 
 
-def _parts(plan: Plan, calls: list[Call]) -> list[list[Call]]:
+def _parts(plan: Plan, calls: list[Call], fewest: int) -> list[list[Call]]:
     seconds = sum(plan.seconds(call) for call in calls)
-    count = min(max(int(seconds / _GROUP_SECONDS) + 1, _FEWEST_GROUPS), _MOST_GROUPS, len(calls))
+    count = min(max(int(seconds / _GROUP_SECONDS) + 1, fewest), _MOST_GROUPS, len(calls))
     bounds = [len(calls) * i // count for i in range(count + 1)]
     return [calls[start:stop] for start, stop in itertools.pairwise(bounds)]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 from prefect import flow, get_run_logger
-from pydantic import Field
 
 from flows.events import announce_changes, inbox_of, task_location
+from flows.parameters import shown
 from flows.storage import use_storage_block
 from pipeline.errors import ClozelineError, InputError
 from pipeline.settings import Settings
@@ -17,21 +17,13 @@ from pipeline.settings import Settings
 def inbox(
     tasks: Annotated[
         list[str],
-        Field(
-            title="Task files",
-            description="Absolute paths, URLs, or paths relative to the worker's CLOZELINE_HOME.",
+        shown(
+            "Task files",
+            "Absolute paths, URLs, or paths relative to the worker's CLOZELINE_HOME.",
             examples=[["/data/tickets/task.yaml"]],
-            json_schema_extra={"position": 0},
         ),
     ],
-    storage_block: Annotated[
-        str | None,
-        Field(
-            title="Storage block",
-            description="remote-file-system/NAME: a block with the credentials for URLs; by default the environment's.",
-            json_schema_extra={"position": 1},
-        ),
-    ] = None,
+    storage_block: Annotated[str | None, shown("Storage block", "As in the flow label.")] = None,
 ) -> dict[str, list[str]]:
     """Look once at every task's files; a task that is in trouble keeps none of the others from being looked at.
 

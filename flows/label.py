@@ -12,18 +12,18 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.futures import as_completed
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_RESULTS_LOCAL_STORAGE_PATH, temporary_settings
-from pydantic import Field
 
 from flows import dispatch, observer
+from flows.parameters import shown
 from flows.storage import use_storage_block
 from flows.worker import end_with_worker
 from pipeline.checks import check_task
-from pipeline.errors import StageFailed, StoreDamaged
+from pipeline.errors import StoreDamaged
 from pipeline.locations import is_url
-from pipeline.plan import Plan, plan_run
+from pipeline.plan import Call, Plan, plan_run
 from pipeline.publishing import Published, publish, release_lease, release_path
 from pipeline.settings import EngineName, Settings
-from pipeline.store import Store, open_store
+from pipeline.store import Artifact, Store, open_store
 from pipeline.task import Task
 
 _REBUILDS = 3
@@ -41,53 +41,41 @@ def _run_name() -> str:
 def label(
     task: Annotated[
         str,
-        Field(
-            title="Task file",
-            description="An absolute path, a URL, or a path relative to the worker's CLOZELINE_HOME.",
+        shown(
+            "Task file",
+            "An absolute path, a URL, or a path relative to the worker's CLOZELINE_HOME.",
             examples=["/data/tickets/task.yaml", "s3://bucket/tickets/task.yaml"],
-            json_schema_extra={"position": 0},
         ),
     ],
     out: Annotated[
-        str | None,
-        Field(
-            title="Release directory",
-            description="A path or URL; by default what the task file says.",
-            json_schema_extra={"position": 1},
-        ),
+        str | None, shown("Release directory", "A path or URL; by default what the task file says, or releases/NAME.")
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        Field(
-            title="Settings",
-            description="dotted.key=value, each wins over the task file's.",
+        shown(
+            "Settings",
+            "dotted.key=value; each wins over the task file's.",
             examples=[["training.steps=100", "release.review_budget=200"]],
-            json_schema_extra={"position": 2},
         ),
     ] = None,
     engine: Annotated[
         EngineName,
-        Field(
-            title="Engine",
-            description="Where stages that run a model are executed: beside this run, on the workers of the pool gpu, "
-            "on Ray, or on Dask. The result is the same.",
-            json_schema_extra={"position": 3},
+        shown(
+            "Engine",
+            "Where stages that run a model are executed: beside the run, on the workers of the pool gpu, on Ray, or on "
+            "Dask. The result is the same.",
         ),
     ] = "local",
     priority: Annotated[
         Priority,
-        Field(
-            title="Priority",
-            description="The queue of the pool gpu that the stages join: ad-hoc goes before nightly.",
-            json_schema_extra={"position": 4},
-        ),
+        shown("Priority", "The queue of the pool gpu that the stages join: ad-hoc goes before nightly."),
     ] = "ad-hoc",
     storage_block: Annotated[
         str | None,
-        Field(
-            title="Storage block",
-            description="remote-file-system/NAME: a block with the credentials for URLs; by default the environment's.",
-            json_schema_extra={"position": 5},
+        shown(
+            "Storage block",
+            "remote-file-system/NAME: a block with the credentials for URLs; by default the worker's environment has "
+            "them.",
         ),
     ] = None,
 ) -> dict[str, Any]:
@@ -114,27 +102,28 @@ def label(
         observer.current().waiting(text)
 
     # Held from the plan on, since the plan depends on what was released before.
-    with release_lease(release, waiting):
+    with release_lease(release, waiting) as held:
         plan = plan_run(loaded, out)
-        observer.current().planned(plan, plan.to_build(store))
+        missing = plan.to_build(store)
+        observer.current().planned(plan, missing)
         references = [(call.stage, call.key) for call in plan.calls]
         with store.using(references, {"run": str(flow_run.id), "release": release}):
             executed: list[str] = []
             for rebuilds_left in reversed(range(_REBUILDS + 1)):
                 dispatcher = dispatch.Dispatcher(engine, store, priority, storage_block)
                 try:
-                    seconds = _run_stages(plan, {call.key for call in plan.to_build(store)}, dispatcher)
+                    seconds = _run_stages(plan, {call.key for call in missing}, dispatcher)
+                    artifact = _whole(plan.release, store)
                     break
                 except StoreDamaged as error:  # it was put out of the store, so that this stage alone is built again
                     if not rebuilds_left:
                         raise
                     get_run_logger().warning("%s; it is built again", error)
+                    missing = plan.to_build(store)
                 finally:
                     executed += dispatcher.executed
-            artifact = store.find(plan.release.stage, plan.release.key)
-            if artifact is None:
-                raise StageFailed("the release stage left nothing in the store")
-            published = publish(store.fetch(artifact), release)
+            held.check()
+            published = publish(artifact, release)
             store.record_release(loaded.name, release, published.name, references)
     summary = {
         **artifact.meta,
@@ -149,6 +138,24 @@ def label(
     except Exception as error:  # the release is out; a table in the UI is no reason to call the run failed
         get_run_logger().warning("could not draw the artifacts: %s", error)
     return summary
+
+
+def _whole(call: Call, store: Store) -> Artifact:
+    """What a stage left, compared with its hashes: no other stage reads, and so verifies, the last one's.
+
+    Raises:
+        StoreDamaged: it is gone, or was damaged and is now discarded.
+    """
+    found = store.find(call.stage, call.key)
+    if found is None:
+        raise StoreDamaged(f"what {call.title} left is gone")
+    try:
+        artifact = store.fetch(found)
+        artifact.verify()
+    except StoreDamaged:
+        store.discard(call.stage, call.key)
+        raise
+    return artifact
 
 
 def _run_stages(plan: Plan, missing: set[str], dispatcher: dispatch.Dispatcher) -> dict[str, float]:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from prefect import flow
 from prefect.states import Completed, Failed, State
-from pydantic import Field
 
+from flows.parameters import shown
 from flows.progress import ProgressArtifact
 from flows.storage import use_storage_block
 from flows.worker import end_with_worker
@@ -18,9 +18,9 @@ from pipeline.worker import StageProcess
 
 @flow(name="stage", flow_run_name="{title}", description=__doc__)
 def stage(
-    title: Annotated[str, Field(title="What it does", description="For people.")],
-    requests: Annotated[list[dict[str, Any]], Field(title="Requests", description="of pipeline.plan.Call.request")],
-    storage_block: Annotated[str | None, Field(title="Storage block", description="see the flow label")] = None,
+    title: Annotated[str, shown("What it does", "The name of the run.")],
+    requests: Annotated[list[dict[str, Any]], shown("Requests", "pipeline.plan.Call.request of each stage.")],
+    storage_block: Annotated[str | None, shown("Storage block", "As in the flow label.")] = None,
 ) -> State[Any]:
     """Run stages one behind the other.
 

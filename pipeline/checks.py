@@ -131,6 +131,7 @@ def _masked_lm_head(base: BaseModel, problems: list[InputError]) -> None:
 
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         _, report = transformers.AutoModelForMaskedLM.from_pretrained(base.path, output_loading_info=True)
     except (ValueError, OSError) as error:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from pipeline import locations
+from pipeline.errors import InputError
 from pipeline.inventory import Inventory, Litter, Stored, take_inventory
 from pipeline.leases import lease, locked
 from pipeline.remote_store import LEASES, RemoteStore
@@ -65,11 +66,15 @@ def disk_use(store: Store) -> dict[str, int]:
 
 
 def plan_gc(store: Store, keep: int) -> Collection:
-    """What `collect` would take and leave at this moment; nothing is removed.
+    """What `collect` would take and leave at this moment; nothing is removed or written.
 
     Args:
         store: the store.
         keep: how many versions of each task at each release path keep what they were made of.
+
+    Raises:
+        InputError: the storage does not tell when files were written.
+        StorageTrouble: the storage did not answer.
     """
     return _plan(take_inventory(store), keep)
 
@@ -85,6 +90,7 @@ def collect(store: Store, keep: int) -> Collection:
         What was removed and what was left.
 
     Raises:
+        InputError: the storage does not tell when files were written.
         StorageTrouble: the storage did not answer, or another collection took over while this one was held up.
     """
     with _alone(store) as check:
@@ -113,6 +119,13 @@ def _alone(store: Store) -> Iterator[Callable[[], None]]:
 
 
 def _plan(inventory: Inventory, keep: int) -> Collection:
+    # Whether a use, a lease or an upload is alive shows in its age alone.
+    if isinstance(inventory.store, RemoteStore) and not all(entry.modified for entry in inventory.files.values()):
+        raise InputError(
+            "this storage does not tell when files were written, so that nobody knows what is in use",
+            where=inventory.store.location,
+            fix="keep the store where it is told (a disk, S3), or delete all of it while nothing runs",
+        )
     uses = inventory.uses()
     reasons, outdated = inventory.releases(keep)
     plan = Collection(litter=[*outdated, *inventory.litter()])

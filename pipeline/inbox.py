@@ -9,39 +9,50 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.locations import AT_ONCE, local_path
 from pipeline.store import key_of, write_atomically
 from pipeline.task import Task
+from pipeline.transfer import look_at
 
-Mark = tuple[int, int]
+Mark = tuple[int, int | str]
 
 
 def snapshot(task: Task) -> dict[str, Mark]:
     """The unlabelled and labelled files as they are now.
 
     Returns:
-        Each file's size in bytes and modification time in nanoseconds, by its absolute path or URL. Behind a URL it
-        is the time of this machine's copy, which is fetched anew when the file has changed.
+        Each file's size in bytes and modification time in nanoseconds, by its absolute path; behind a URL its size
+        and what the storage says of its content, by its URL. No file is read or fetched.
 
     Raises:
         InputError: a path or glob of the task matches nothing, or a file can't be looked at.
+        StorageTrouble: the storage did not answer.
     """
-    files = task.matched_files()
+    files = task.matched_locations()
     if task.inputs.labelled is not None:
-        files.append(task.path(task.inputs.labelled))
-    found: dict[str, Mark] = {}
-    for file in files:
-        try:
-            status = file.stat()
-        except FileNotFoundError:  # went away since it was listed: the next look tells
-            continue
-        except OSError as error:
-            raise InputError(f"can't look at a file: {error}", where=str(file)) from error
-        found[task.source_of(file)] = (status.st_size, status.st_mtime_ns)
-    return found
+        files.append(task.locate(task.inputs.labelled))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(marked for marked in pool.map(_mark, files) if marked)
+
+
+def _mark(location: str) -> tuple[str, Mark] | None:
+    """A file's name and mark; None where it went away since it was listed, which the next look tells."""
+    here = local_path(location)
+    if here is None:
+        entry = look_at(location)
+        return location, (entry.bytes, entry.validator)
+    try:
+        status = here.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"can't look at a file: {error}", where=str(here)) from error
+    return str(here.absolute()), (status.st_size, status.st_mtime_ns)
 
 
 class Inbox:
@@ -95,7 +106,7 @@ class Inbox:
         try:
             state: dict[str, Any] = json.loads(self._state.read_text(encoding="utf-8"))
             looked, acknowledged = (
-                {str(file): (int(size), int(modified)) for file, (size, modified) in state[part].items()}
+                {str(file): (int(size), known) for file, (size, known) in state[part].items()}
                 for part in ("looked", "acknowledged")
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -12,6 +12,7 @@ therefore saves work and keeps order; what must not happen twice is guarded by a
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -24,9 +25,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from pipeline.errors import LeaseLost, StorageTrouble
+from pipeline.errors import ClozelineError, LeaseLost
 from pipeline.locations import entries, join, local_path, put_if_absent, read, remove, write
 
 TTL = 30.0
@@ -79,7 +80,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 def lock_if_free(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock on a file that is there, unless somebody holds it; gives whether it is held now."""
     try:
-        file = path.open("a")
+        file = _opened(path)
     except FileNotFoundError:
         yield True
         return
@@ -90,6 +91,16 @@ def lock_if_free(path: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """A file that is there; network file systems lock exclusively only what may be written."""
+    try:
+        return path.open("r+b")
+    except OSError as error:
+        if error.errno not in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            raise
+        return path.open("rb")
 
 
 class Lease:
@@ -128,10 +139,13 @@ def lease(location: str, *, waiting: Callable[[str], None] | None = None, ttl: f
 
 
 def wait_until_free(location: str) -> None:
-    """Wait until nobody holds the lease of a URL."""
+    """Wait until nobody holds the lease of a URL; a holder that is taken for dead loses it."""
     watch = _Watch(location)
     while watch.look() is not None:
         watch.pause()
+    if watch.expired:  # its `Lease.check` must fail should it come back to life
+        with lease(location):
+            pass
 
 
 class _Watch:
@@ -141,11 +155,12 @@ class _Watch:
         self.location = location
         self.number = 0
         self.seen: dict[str, Any] = {}
+        self.expired = False
         self._since = time.monotonic()
 
     def look(self) -> dict[str, Any] | None:
         """What the holder says of itself; None when there is none, or it is dead."""
-        self.number = _newest(self.location)
+        self.number, self.expired = _newest(self.location), False
         if self.number == 0:
             return None
         content = read(_link(self.location, self.number))
@@ -156,7 +171,8 @@ class _Watch:
             return None
         if link != self.seen:
             self.seen, self._since = link, time.monotonic()
-        return None if time.monotonic() - self._since > link["ttl"] else link
+        self.expired = time.monotonic() - self._since > link["ttl"]
+        return None if self.expired else link
 
     def pause(self) -> None:
         """Sleep until it is worth another look."""
@@ -196,7 +212,8 @@ class _Link(Lease):
 
     def _renew(self) -> None:
         while not self._over.wait(self._content["ttl"] / 3):
-            with suppress(StorageTrouble):  # the next beat may get through; if none does, the lease is lost
+            # The next beat may get through; if none does, the lease is lost.
+            with suppress(ClozelineError, OSError):
                 self.check()
                 self._content["beat"] += 1
                 write(_link(self._location, self._number), _bytes(self._content))
@@ -209,7 +226,7 @@ class _Link(Lease):
     def release(self) -> None:
         self._over.set()
         self._thread.join()
-        with suppress(StorageTrouble):  # it then expires by itself
+        with suppress(ClozelineError, OSError):  # it then expires by itself
             self.check()
             write(_link(self._location, self._number), _bytes({**self._content, "released": True}))
 

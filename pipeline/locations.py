@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import posixpath
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +25,28 @@ from pipeline.errors import ClozelineError, InputError, StorageTrouble
 AT_ONCE = 8
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 # What tells one content of a file from another, as the filesystems that fsspec knows call it.
-_VALIDATORS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "generation", "created", "Content-MD5")
+_VALIDATORS = (
+    "ETag",
+    "etag",
+    "mtime",
+    "LastModified",
+    "Last-Modified",
+    "last_modified",
+    "generation",
+    "created",
+    "Content-MD5",
+)
 _PASSING = frozenset({errno.EREMOTEIO, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE})
 # By name: the packages that define them need not be installed.
 _PASSING_KINDS = frozenset(
-    {"ClientError", "ConnectionError", "FSTimeoutError", "HTTPClientError", "IncompleteRead", "ResponseParserError"}
+    {"ConnectionError", "FSTimeoutError", "HTTPClientError", "IncompleteRead", "ResponseParserError"}
 )
+_PASSING_CODES = frozenset({"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling"})
+_PASSING_STATUS = frozenset({408, 409, 425, 429})
+# user:password@ in a URL; host:port/ with an @ later on, and what Azure writes (container@account), is none.
+_CREDENTIALS = re.compile(r"://(?!\[)[^/@:]*:(?!\d+(?:/|$))[^@]*@")
+# With a colon before it, up to the last @: a secret may hold slashes, and masking too much does no harm.
+_MASKED = re.compile(r"://(?:[^@]*:.*@|[^/@]*@)")
 
 
 @dataclass(frozen=True)
@@ -71,10 +88,25 @@ def local_path(location: str | Path) -> Path | None:
 def join(location: str, *parts: str) -> str:
     """A location below another.
 
-    >>> join("s3://bucket/store/", "fit", "0a"), join("/data", "fit")
-    ('s3://bucket/store/fit/0a', '/data/fit')
+    >>> join("s3://bucket/store/", "fit", "0a"), join("s3://bucket/tasks", "../rows/a.parquet"), join("/data", "fit")
+    ('s3://bucket/store/fit/0a', 's3://bucket/rows/a.parquet', '/data/fit')
+
+    Raises:
+        InputError: it would lie above the bucket.
     """
-    return "/".join([location.rstrip("/"), *(part.strip("/") for part in parts)])
+    scheme, url, inner = location.rpartition("://")
+    inner = "/".join([inner.rstrip("/"), *(part.strip("/") for part in parts)])
+    if url and {".", ".."} & set(inner.split("/")):  # object stores take both for names
+        bucket, _, path = inner.partition("/")
+        path = posixpath.normpath(path)
+        if path.split("/")[0] == "..":
+            raise InputError(
+                f"{'/'.join(parts)!r} leads above the bucket",
+                where=masked(location),
+                fix="correct the path, or give a URL",
+            )
+        inner = bucket if path == "." else f"{bucket}/{path}"
+    return f"{scheme}{url}{inner}"
 
 
 def parent(url: str) -> str:
@@ -87,14 +119,38 @@ def parent(url: str) -> str:
     return f"{scheme}://{posixpath.dirname(rest)}"
 
 
+def masked(location: str) -> str:
+    """A URL without the credentials in it.
+
+    >>> masked("s3://me:secret@bucket/store"), masked("s3://bucket/store")
+    ('s3://***@bucket/store', 's3://bucket/store')
+    """
+    return _MASKED.sub("://***@", location)
+
+
+def refuse_credentials(location: str) -> None:
+    """Make sure that a URL holds no password: it would end up in manifests, logs and parameters.
+
+    Raises:
+        InputError: it holds one.
+    """
+    if _CREDENTIALS.search(location):
+        raise InputError(
+            "a URL must not hold credentials",
+            where=masked(location),
+            fix="take them out; they come from the environment (AWS_ACCESS_KEY_ID, FSSPEC_..., ...) or a Prefect block",
+        )
+
+
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec filesystem of a URL, and the path in it.
 
     Raises:
-        InputError: there is no such protocol, or its package is not installed.
+        InputError: there is no such protocol, its package is not installed, or the URL holds credentials.
     """
     import fsspec
 
+    refuse_credentials(url)
     with translated(url):
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return fs, str(path)
@@ -143,16 +199,19 @@ def _translation(error: Exception, url: str) -> Exception | None:
             where=url,
             fix="check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL, and what they are allowed to do",
         )
-    passing = (
+    if (
         isinstance(error, TimeoutError | ConnectionError)
         or bool(kinds & _PASSING_KINDS)
         or (isinstance(error, OSError) and error.errno in _PASSING)
-    )
-    if status and status < 500 and status not in {408, 409, 429}:
-        return InputError(f"the storage refused: {code or status} ({error})", where=url, fix="correct the URL")
-    if passing or status:
+        or code in _PASSING_CODES
+        or status in _PASSING_STATUS
+        or status >= 500
+    ):
         return StorageTrouble(f"{url}: {type(error).__name__}: {error}")
-    return None
+    if status:
+        return InputError(f"the storage refused: {code or status} ({error})", where=url, fix="correct the URL")
+    # The HTTP client's own: an answer with a status was told above.
+    return StorageTrouble(f"{url}: {type(error).__name__}: {error}") if "ClientError" in kinds else None
 
 
 def read(url: str) -> bytes | None:

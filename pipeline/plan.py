@@ -181,6 +181,7 @@ class _Planner:
         self.training, self.student = task.resolved("training"), task.resolved("student")
         self.profile = numeric_profile(self.training["dtype"])
         self.labels = task.label_names
+        self.where = {"base": task.source_of(base.path), "base_name": base.name}
         self.calls: dict[str, Call] = {}
 
     def add(self, call: Call) -> Call:
@@ -212,7 +213,8 @@ class _Planner:
             if given is not None:
                 # A test set is taken as it is; of equal labelled rows one is enough, and two labels are a mistake.
                 distinct = name == "labelled"
-                sets[name] = self.ingest(task.path(given), Path(given).name, labelled=True, distinct=distinct)
+                file = task.path(given)
+                sets[name] = self.ingest(file, file.name, labelled=True, distinct=distinct)
         numbered = {f"shard:{i:06d}": shard for i, shard in enumerate(shards)}
         prepare = self.add(
             Call(
@@ -238,7 +240,7 @@ class _Planner:
                         "annotate",
                         {"profile": self.profile},
                         {"fit": fit, "rows": rows_of},
-                        {"base": str(self.base.path), "base_name": self.base.name},
+                        self.where,
                         f"{name} on {suffix}",
                         count * length * forward,
                     )
@@ -268,7 +270,7 @@ class _Planner:
                     "profile": self.profile,
                 },
                 {"blend": blend, "sample": sample, **{k: v for k, v in sets.items() if k == "labelled"}},
-                {"base": str(self.base.path), "base_name": self.base.name},
+                self.where,
                 flops=3 * forward * 1.4 * self.student["steps"] * self.student["batch_size"] * read,
             )
         )
@@ -392,7 +394,7 @@ class _Planner:
                         "profile": self.profile,
                     },
                     inputs,
-                    {"base": str(self.base.path), "base_name": self.base.name},
+                    self.where,
                     name,
                     6 * self.base.encoder_parameters * steps * batch * length * 1.4,
                 )

@@ -9,10 +9,11 @@ version that is there already.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pipeline.task import Task
 
 SUCCESS, LATEST = "_SUCCESS", "LATEST"
 _VERSIONS = "versions"
+_NAME = re.compile(r"\d{4,}-[0-9a-f]{8}")  # whatever else lies among the versions is somebody else's
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,41 @@ class Published:
 
 
 def release_path(task: Task, out: str | None) -> str:
-    """Where a task's versions are published: the command's word, then the task's, then the default."""
+    """Where a task's versions are published: the command's word, then the task's, then the default.
+
+    Raises:
+        InputError: it is a URL with credentials.
+    """
     if out is None:
         out = task.locate(task.release.path) if task.release.path else str(Settings().release_path(task.name))
+    locations.refuse_credentials(out)
     return out.rstrip("/") if locations.is_url(out) else str(Path(out).absolute())
 
 
-def release_lease(release: str, waiting: Callable[[str], None] | None = None) -> AbstractContextManager[Lease]:
+@contextmanager
+def release_lease(release: str, waiting: Callable[[str], None] | None = None) -> Iterator[Lease]:
     """The exclusive lease on a release path, for a whole run: a second run on it waits rather than races.
 
     Args:
         release: the release path or URL.
         waiting: called once, with who holds it, when it is not free.
+
+    Raises:
+        InputError: it can't be written.
+        StorageTrouble: the storage did not answer.
     """
     here = locations.local_path(release)
-    return lease(
-        str(here / ".run.lock") if here is not None else locations.join(release, ".leases", "run"), waiting=waiting
-    )
+    name = str(here / ".run.lock") if here is not None else locations.join(release, ".leases", "run")
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(lease(name, waiting=waiting))
+        except OSError as error:
+            raise _unwritable(release, error) from error
+        yield held
+
+
+def _unwritable(release: str | Path, error: OSError) -> InputError:
+    return InputError(f"can't write the release: {error}", where=str(release), fix="choose another --out")
 
 
 def latest_manifest(release: str | Path) -> dict[str, Any] | None:
@@ -121,7 +141,7 @@ def publish(artifact: Artifact, release: str | Path) -> Published:
         with locked(here / ".lock"):
             return _copy(artifact, here)
     except OSError as error:
-        raise InputError(f"can't write the release: {error}", where=str(release), fix="choose another --out") from error
+        raise _unwritable(release, error) from error
 
 
 def _copy(artifact: Artifact, release: Path) -> Published:
@@ -144,7 +164,11 @@ def _upload(artifact: Artifact, release: str, held: Lease) -> Published:
     versions = locations.join(release, _VERSIONS)
     there = locations.entries(versions)
     whole = {name.removesuffix("/" + SUCCESS) for name in there if name.endswith("/" + SUCCESS)}
-    locations.remove(locations.join(versions, name) for name in there if name.split("/")[0] not in whole)
+    locations.remove(
+        locations.join(versions, name)
+        for name in there
+        if _NAME.fullmatch(name.split("/")[0]) and name.split("/")[0] not in whole
+    )
     name, new = _choose(artifact, whole)
     target = locations.join(versions, name)
     if new:
@@ -170,7 +194,7 @@ def _files(artifact: Artifact) -> dict[str, int]:
 
 def _choose(artifact: Artifact, whole: Iterable[str]) -> tuple[str, bool]:
     """The version's name, and whether it is new: that of the same key, else the next number."""
-    names = sorted(whole)
+    names = sorted(name for name in whole if _NAME.fullmatch(name))
     for name in names:
         if name.endswith("-" + artifact.key[:8]):
             return name, False

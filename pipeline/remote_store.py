@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline import locations, transfer
-from pipeline.errors import StorageTrouble, StoreDamaged
+from pipeline.errors import ClozelineError, StoreDamaged
 from pipeline.leases import TTL, lease, locked, wait_until_free
 from pipeline.settings import Settings
 from pipeline.store import (
@@ -41,6 +41,7 @@ from pipeline.store import (
 
 LEASES = "leases"
 USE_SECONDS = 60.0
+_verified: set[Path] = set()  # the cached copies that this process has compared with their hashes
 
 
 class RemoteStore(Store):
@@ -48,9 +49,6 @@ class RemoteStore(Store):
 
     Args:
         url: where they lie; the bucket must exist.
-
-    Raises:
-        InputError: the cache of this machine can't be written.
     """
 
     setting = "CLOZELINE_CACHE"
@@ -82,15 +80,18 @@ class RemoteStore(Store):
     def fetch(self, artifact: Artifact) -> Artifact:
         """The same artifact with its files in the cache of this machine, each compared with its hash.
 
+        A cached copy is compared once a process; one that does not match is fetched again.
+
         Raises:
-            StoreDamaged: they are not what the manifest says.
+            StoreDamaged: what lies behind the URL is not what the manifest says.
         """
-        if artifact_in(artifact.path) is not None:
+        if artifact.path in _verified and artifact_in(artifact.path) is not None:
             return artifact
+        self._create()
         stage, key, prefix = artifact.path.parts[-3:]
         source = locations.join(self.url_of(stage, key), prefix)
         with locked(self.root / LOCKS / f"{stage}-{key}"):
-            if artifact_in(artifact.path) is None:
+            if not _matches(artifact):
                 self._sweep(stage, key)
                 temporary = self._temporary(stage, key)
                 temporary.mkdir(parents=True)
@@ -106,6 +107,7 @@ class RemoteStore(Store):
                     _keep(temporary, artifact)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
+        _verified.add(artifact.path)
         return artifact
 
     def discard(self, stage: str, key: str) -> None:
@@ -118,6 +120,7 @@ class RemoteStore(Store):
         found = self.find(stage, key)
         if found:
             return found
+        self._create()
         # The lease is for other machines. The lock keeps a builder of this one, even one that has lost its lease,
         # from having its temporary files swept.
         with (
@@ -159,7 +162,7 @@ class RemoteStore(Store):
 
         def renew() -> None:
             while not over.wait(USE_SECONDS):
-                with suppress(StorageTrouble):
+                with suppress(ClozelineError, OSError):  # the next beat may get through
                     locations.write(url, content)
 
         thread = threading.Thread(target=renew, name="use", daemon=True)
@@ -173,6 +176,17 @@ class RemoteStore(Store):
 
     def _put(self, name: str, text: str) -> None:
         locations.write(locations.join(self.location, name), text.encode())
+
+
+def _matches(artifact: Artifact) -> bool:
+    """Whether the cached copy is whole, by its hashes."""
+    if artifact_in(artifact.path) is None:
+        return False
+    try:
+        artifact.verify()
+    except StoreDamaged:
+        return False
+    return True
 
 
 def _keep(directory: Path, artifact: Artifact) -> None:

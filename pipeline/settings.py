@@ -6,17 +6,24 @@ None of them changes a byte of a result: they say where and by whom work is done
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pipeline.errors import InputError
+from pipeline.locations import masked, refuse_credentials
 
 EngineName = Literal["local", "pool", "ray", "dask"]
 ENGINES: tuple[str, ...] = get_args(EngineName)
 
 
 class Settings(BaseSettings):
-    """The settings of this machine."""
+    """The settings of this machine.
+
+    Raises:
+        InputError: a variable has a value that it can't have; all are told at once.
+    """
 
     model_config = SettingsConfigDict(env_prefix="CLOZELINE_")
 
@@ -50,6 +57,22 @@ class Settings(BaseSettings):
         None, description="the Dask scheduler of the engine dask; by default one is started"
     )
 
+    def __init__(self) -> None:
+        try:
+            super().__init__()
+        except ValidationError as error:
+            told = [_told(problem) for problem in error.errors()]
+            raise InputError("\n".join(told), where="the environment", fix="correct or unset it") from None
+
+    @field_validator("store", "cache", mode="before")
+    @classmethod
+    def _holds_no_credentials(cls, value: Any) -> Any:
+        try:
+            refuse_credentials(str(value))
+        except InputError as error:
+            raise ValueError(f"{error.problem}; {error.fix}") from None
+        return value
+
     @property
     def store_location(self) -> str:
         """The store's directory or URL."""
@@ -64,3 +87,10 @@ class Settings(BaseSettings):
     def release_path(self, name: str) -> Path:
         """Where releases go when neither the task nor the command says."""
         return (self.home / "releases" / name).absolute()
+
+
+def _told(problem: Any) -> str:
+    """One validation error, with the variable and without the credentials in its value."""
+    message = problem["msg"].removeprefix("Value error, ")
+    variable = f"{Settings.model_config['env_prefix']}{problem['loc'][0]}".upper()
+    return f"{variable}={masked(str(problem['input']))}: {message[0].lower()}{message[1:]}"

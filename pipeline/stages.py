@@ -30,15 +30,16 @@ from pipeline.batching import batch_share
 from pipeline.cross_validation import stratified_folds
 from pipeline.device import device_name, numeric_profile
 from pipeline.ensemble import blend, disagreement, majority, margin, match_prior, shrunk_weights
-from pipeline.errors import ClozelineError, InputError, StoreDamaged
+from pipeline.errors import InputError, StoreDamaged
+from pipeline.locations import is_url
 from pipeline.metrics import classification_metrics
 from pipeline.prepare import prepare_rows
 from pipeline.routing import CANDIDATES_PER_ROW, lowest
 from pipeline.settings import Settings
-from pipeline.store import Artifact, open_store, sha256_of
+from pipeline.store import Artifact, Reference, Store, open_store, sha256_of
 from pipeline.tables import ColumnRoles, Floats, Rows, from_lists, texts_of, to_lists
 from pipeline.training import seed_of
-from pipeline.transfer import fetch_file
+from pipeline.transfer import fetch_file, fetch_tree
 
 Progress = Callable[[int, int], None]
 
@@ -68,13 +69,14 @@ class Job:
         return [self.inputs[name] for name in sorted(self.inputs) if name.startswith(prefix + ":")]
 
     def base(self) -> BaseModel:
-        """The base model, found anew on this machine: only a directory lies where the plan saw it.
+        """The base model, found anew on this machine: only a directory or a URL lies where the plan saw it.
 
         Raises:
             InputError: it is not there, or is another one.
         """
         name = self.where["base_name"]
-        found = resolve_base_model(name if name == EMBEDDED or "@" in name else self.where["base"])
+        of_hub = "@" in name and not Path(name).is_absolute()
+        found = resolve_base_model(name if name == EMBEDDED or of_hub else str(self.where["base"]))
         if self.spec.get("base", found.weights) != found.weights:
             raise InputError(
                 "the base model on this machine is not the one that the run was planned with",
@@ -473,8 +475,7 @@ def run_stage(
 
     Raises:
         InputError: the user's data is at fault.
-        ClozelineError: an input is missing from the store.
-        StoreDamaged: an input did not match its manifest; it was discarded.
+        StoreDamaged: an input is missing from the store, or did not match its manifest and was discarded.
     """
     store = open_store(request["store"])
     mine = (request["stage"], request["key"])
@@ -492,19 +493,8 @@ def run_stage(
     def build(out: Path) -> dict[str, Any]:
         nonlocal built
         built = True
-        inputs, verified = {}, set[Path]()
-        for name, reference in references.items():
-            found = store.find(*reference)
-            if found is None:
-                raise ClozelineError(f"{request['title']} needs {'/'.join(reference)}, which the store does not have")
-            try:
-                inputs[name] = store.fetch(found)
-                if found.path not in verified:
-                    inputs[name].verify()
-                    verified.add(found.path)
-            except StoreDamaged:
-                store.discard(*reference)  # whoever planned this has it built again
-                raise
+        fetched = {reference: _fetched(store, reference, request["title"]) for reference in set(references.values())}
+        inputs = {name: fetched[reference] for name, reference in references.items()}
         job = Job(request["spec"], inputs, _located(request["where"]), request["key"], out, progress)
         with building():
             started = time.time()
@@ -524,9 +514,31 @@ def run_stage(
         return store.get_or_build(*mine, build, header, record), built
 
 
+def _fetched(store: Store, reference: Reference, title: str) -> Artifact:
+    """An input with its files on this machine; whoever planned the stage has a missing one built again."""
+    found = store.find(*reference)
+    if found is None:
+        raise StoreDamaged(
+            f"{title} needs {'/'.join(reference)}, which the store does not have (any more): another stage may have "
+            "found it damaged and discarded it"
+        )
+    try:
+        return store.fetch(found)
+    except StoreDamaged:
+        store.discard(*reference)
+        raise
+
+
 def _located(where: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Locations on this machine: a user's file behind a URL is fetched by whoever reads it."""
-    return {**where, "file": fetch_file(where["file"], Settings().cache_path)} if "file" in where else where
+    """Locations on this machine: what lies behind a URL is fetched by whoever reads it."""
+    cache, located = Settings().cache_path, dict(where)
+    if "file" in where:
+        located["file"] = fetch_file(where["file"], cache)
+    if is_url(where.get("base", "")):
+        located["base"] = fetch_tree(where["base"], cache)
+        if located["base"] is None:
+            raise InputError("there is no base model", where=where["base"], fix="put it back, or run again")
+    return located
 
 
 if __name__ == "__main__":

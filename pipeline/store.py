@@ -120,8 +120,7 @@ class Artifact:
 def open_store(location: str | Path) -> Store:
     """The store at a directory or behind an fsspec URL.
 
-    Raises:
-        InputError: it can't be reached or written.
+    Nothing is read or written yet.
     """
     path = local_path(location)
     if path is not None:
@@ -135,14 +134,11 @@ class Store:
     """A directory of artifacts.
 
     Args:
-        root: created when missing.
+        root: created when something is written to it.
 
     Attributes:
         location: what another process opens it by.
         root: its directory on this machine.
-
-    Raises:
-        InputError: the directory can't be written.
     """
 
     setting = "CLOZELINE_STORE"
@@ -150,12 +146,19 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self.location = str(self.root)
+
+    def _create(self) -> None:
+        """Make the root.
+
+        Raises:
+            InputError: it can't be written.
+        """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"can't write the store: {error}",
-                where=str(root),
+                where=str(self.root),
                 fix=f"set {self.setting} to another directory",
             ) from error
 
@@ -168,11 +171,12 @@ class Store:
         return artifact_in(self.path_of(stage, key))
 
     def fetch(self, artifact: Artifact) -> Artifact:
-        """The same artifact with its files on this machine.
+        """The same artifact with its files on this machine, each compared with its hash.
 
         Raises:
             StoreDamaged: they are not what the manifest says.
         """
+        artifact.verify()
         return artifact
 
     def get_or_build(
@@ -188,10 +192,14 @@ class Store:
             record: for ``run.json``, read once ``build`` has returned: what differs between equal runs.
 
         Two builders of one key take turns, and the second finds what the first left.
+
+        Raises:
+            InputError: the store can't be written.
         """
         found = self.find(stage, key)
         if found:
             return found
+        self._create()
         with locked(self.root / LOCKS / f"{stage}-{key}"):
             found = self.find(stage, key)
             if found:
@@ -247,7 +255,11 @@ class Store:
 
         A block that fails, or is killed, leaves its word behind, so that what it had done outlives the failure
         for some days.
+
+        Raises:
+            InputError: the store can't be written.
         """
+        self._create()
         name = f"{uuid.uuid4().hex}.json"
         record = self.root / USES / name
         record.parent.mkdir(exist_ok=True)

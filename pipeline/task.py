@@ -296,7 +296,7 @@ class Task(Section):
         return self._fetch(self.locate(given))
 
     def source_of(self, file: Path) -> str:
-        """Where a file that `path` or `matched_files` gave lies, for whatever machine reads it."""
+        """Where the base model, or a file that `path` or `matched_files` gave, lies for whatever machine reads it."""
         return self._sources.get(file) or str(file.absolute())
 
     def _fetch(self, location: str) -> Path:
@@ -322,12 +322,21 @@ class Task(Section):
         return readable
 
     def matched_files(self) -> list[Path]:
-        """What `inputs.unlabelled` matches, readable or not.
+        """What `inputs.unlabelled` matches, readable or not; what lies behind a URL is fetched.
 
         Raises:
             InputError: a path or glob matches nothing.
         """
-        found: dict[Path, None] = {}
+        with ThreadPoolExecutor(locations.AT_ONCE) as pool:
+            return list(pool.map(self._fetch, self.matched_locations()))
+
+    def matched_locations(self) -> list[str]:
+        """The paths and URLs that `inputs.unlabelled` matches, each once.
+
+        Raises:
+            InputError: a path or glob matches nothing.
+        """
+        found: dict[str, None] = {}
         for given in self.inputs.unlabelled:
             matches = self._matches(given)
             if not matches:
@@ -339,7 +348,7 @@ class Task(Section):
             found.update(dict.fromkeys(matches))
         return list(found)
 
-    def _matches(self, given: str) -> list[Path]:
+    def _matches(self, given: str) -> list[str]:
         # The pattern alone is a glob: the task's own directory may have brackets in its name.
         where = given
         if not locations.is_url(given) and not Path(given).is_absolute():
@@ -347,11 +356,9 @@ class Task(Section):
             where = locations.join(root, given) if self.base_url else os.path.join(root, given)
         here = locations.local_path(where)
         if here is not None:
-            return [Path(match) for match in sorted(glob.glob(str(here), recursive=True))]
+            return [str(Path(match)) for match in sorted(glob.glob(str(here), recursive=True))]
         single = where.startswith(("http://", "https://")) or not glob.has_magic(given)
-        urls = [self.locate(given)] if single else locations.matches(where)
-        with ThreadPoolExecutor(locations.AT_ONCE) as pool:
-            return list(pool.map(self._fetch, urls))
+        return [self.locate(given)] if single else locations.matches(where)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Task:
@@ -402,12 +409,17 @@ class Task(Section):
         given: dict[str, Any] = {**raw, "root": Path(".") if isinstance(root, str) else root}
         if isinstance(root, str):
             given["base_url"] = root
-        given |= _fetched_base_model(raw.get("base_model"), given.get("base_url"))
+        base_model = _fetched_base_model(raw.get("base_model"), given.get("base_url"))
+        if base_model is not None:
+            given["base_model"] = str(base_model[0])
         try:
-            return cls.model_validate(given)
+            task = cls.model_validate(given)
         except ValidationError as error:
             told = [_tell(cls, problem, where, node) for problem in error.errors()]
             raise InputError("\n".join(told), fix="`clozeline init` shows every key in a commented file") from None
+        if base_model is not None:
+            task._sources[base_model[0].resolve()] = base_model[1]
+        return task
 
 
 def _source(path: str | Path) -> str:
@@ -426,15 +438,23 @@ def _source(path: str | Path) -> str:
         ) from error
 
 
-def _fetched_base_model(name: Any, base_url: str | None) -> dict[str, str]:
-    """The key `base_model` with a copy on this machine, where it names a directory behind a URL."""
-    if not isinstance(name, str) or name == "embedded" or "@" in name or Path(name).is_absolute():
-        return {}
-    url = name if locations.is_url(name) else base_url and locations.join(base_url, name)
-    if url is None or url.startswith(("http://", "https://")):
-        return {}
-    here = locations.local_path(url) or transfer.fetch_tree(url, Settings().cache_path)
-    return {} if here is None else {"base_model": str(here)}
+def _fetched_base_model(name: Any, base_url: str | None) -> tuple[Path, str] | None:
+    """The copy on this machine, and the URL, of a base model that is a directory behind a URL."""
+    if not isinstance(name, str) or name == "embedded" or Path(name).is_absolute():
+        return None
+    if locations.is_url(name):
+        url = name
+    elif base_url is None or "@" in name:
+        return None
+    else:
+        url = locations.join(base_url, name)
+    if url.startswith(("http://", "https://")):
+        return None
+    here = locations.local_path(url)
+    if here is not None:
+        return here, str(here)
+    tree = transfer.fetch_tree(url, Settings().cache_path)
+    return None if tree is None else (tree, url)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

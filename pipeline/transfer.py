@@ -27,7 +27,7 @@ def fetch_file(url: str, cache: Path) -> Path:
         cache: the directory of local copies (`pipeline.settings.Settings.cache_path`).
 
     Returns:
-        A path that ends like the URL.
+        A path that ends like the URL (without its query).
 
     Raises:
         InputError: there is no such file, or it can't be read with these credentials.
@@ -37,17 +37,23 @@ def fetch_file(url: str, cache: Path) -> Path:
         return here
     fs, path = filesystem(url)
     for _ in range(3):
-        before = _info(fs, path, url)
+        before = look_at(url)
         target = _cached(cache / "files", f"{url}|{before.bytes}|{before.validator}", path)
         if before.validator and target.is_file() and target.stat().st_size == before.bytes:
             return target
         _download(fs, path, target, url)
-        if _info(fs, path, url) == before:
+        if look_at(url) == before:
             return target
     raise StorageTrouble(f"{url} kept changing while it was read")
 
 
-def _info(fs: Any, path: str, url: str) -> Entry:
+def look_at(url: str) -> Entry:
+    """What the storage says of a file; nothing is fetched.
+
+    Raises:
+        InputError: there is no such file, or it can't be read with these credentials.
+    """
+    fs, path = filesystem(url)
     try:
         with translated(url):
             return entry_of(fs.info(path))
@@ -56,7 +62,10 @@ def _info(fs: Any, path: str, url: str) -> Entry:
 
 
 def _cached(cache: Path, identity: str, path: str) -> Path:
-    # The whole path stays in the name: people, and ids made unique, tell files apart by their directories.
+    # The whole path stays in the name: people, and ids made unique, tell files apart by their directories. A query
+    # is no part of it, may be longer than a name can be, and may be signed.
+    if path.startswith(("http://", "https://")):
+        path = path.partition("?")[0]
     parts = [part for part in path.split("/") if part not in {"", ".", "..", "http:", "https:"}]
     return cache.joinpath(hashlib.sha256(identity.encode()).hexdigest()[:32], *parts)
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.cli_console import human_bytes
+from pipeline.errors import InputError
 from pipeline.publishing import release_lease
 from pipeline.settings import ENGINES, Settings
 from pipeline.store import Store
@@ -81,7 +81,7 @@ def test_config_lists_every_setting_with_variable_value_default_choices_and_mean
 def test_config_tells_the_server_in_force_and_masks_credentials(environment: dict[str, str]) -> None:
     given = {
         "PREFECT_API_URL": "http://me:secret@127.0.0.1:4200/api",
-        "CLOZELINE_STORE": "s3://key:secret@bucket/store",
+        "CLOZELINE_PORT": "4300",
         "CLOZELINE_RAY_ADDRESS": "ray://me:secret@head:10001",
         "CLOZELINE_ENGIN": "ray",
         "COLUMNS": "200",
@@ -89,10 +89,12 @@ def test_config_tells_the_server_in_force_and_masks_credentials(environment: dic
     for arguments in (["config"], ["config", "--json"]):
         done = clozeline({**environment, **given}, *arguments)
         assert done.returncode == 0, done.stderr
-        for shown in ("http://***@127.0.0.1:4200/api", "s3://***@bucket/store", "ray://***@head:10001"):
+        for shown in ("http://***@127.0.0.1:4200/api", "ray://***@head:10001"):
             assert shown in done.stdout
         assert "secret" not in done.stdout + done.stderr
-    assert "CLOZELINE_ENGINE" in clozeline({**environment, **given}, "config").stderr  # the nearest to CLOZELINE_ENGIN
+    told = clozeline({**environment, **given}, "config").stderr
+    assert "CLOZELINE_ENGINE" in told  # the nearest to CLOZELINE_ENGIN
+    assert "CLOZELINE_PORT" not in told  # a setting of the cluster script
 
 
 @pytest.mark.parametrize("command", [["config"], ["run", "no.yaml"], ["store", "gc"], ["init", "no.parquet"]])
@@ -107,6 +109,34 @@ def test_a_wrong_value_of_a_variable_is_the_users_error_in_every_command(
     assert "CLOZELINE_STAGE_TIMEOUT=abc" in done.stderr
     assert "pydantic" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["CLOZELINE_STORE", "CLOZELINE_CACHE"])
+def test_a_location_with_a_password_is_refused_without_showing_it(environment: dict[str, str], variable: str) -> None:
+    done = clozeline({**environment, variable: "s3://key:secret@bucket/store"}, "store", "ls")
+    assert done.returncode == 2
+    assert f"{variable}=s3://***@bucket/store: a URL must not hold credentials" in done.stderr
+    assert "secret" not in done.stderr
+
+
+def test_a_release_directory_with_a_password_is_refused_before_a_server_starts(
+    environment: dict[str, str], tiny_task: Callable[..., Path]
+) -> None:
+    done = clozeline(environment, "run", str(tiny_task()), "--out", "s3://key:secret@bucket/out")
+    assert done.returncode == 2
+    assert "in: s3://***@bucket/out" in done.stderr
+    assert "secret" not in done.stderr
+
+
+def test_a_wrong_value_is_told_wherever_the_settings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLOZELINE_STAGE_TIMEOUT", "-1")
+    with pytest.raises(InputError, match=r"^CLOZELINE_STAGE_TIMEOUT=-1: input should be greater than 0"):
+        Settings()
+
+
+def test_check_shows_no_bar_of_a_library(environment: dict[str, str], tiny_task: Callable[..., Path]) -> None:
+    done = clozeline(environment, "check", str(tiny_task()))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_needs_no_right_settings(environment: dict[str, str]) -> None:
@@ -181,7 +211,6 @@ def test_store_gc_only_tells_what_would_go_unless_told_to_remove_it(
     loose = build(store, "fit", "a" * 32, 3000)
     older, newer = build(store, "release", "b" * 32, 10), build(store, "release", "c" * 32, 10)
     store.record_release("tiny", "/releases/tiny", "0001", [older])
-    time.sleep(1.1)  # records are told apart by the second
     store.record_release("tiny", "/releases/tiny", "0002", [newer])
 
     def gone(options: Iterable[str]) -> set[tuple[str, str]]:

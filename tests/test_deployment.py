@@ -27,6 +27,7 @@ KNOWN = {
     },
     "schedule": {"slug", "cron", "timezone", "active", "parameters", "interval", "rrule", "anchor_date", "day_or"},
     "work_pool": {"name", "work_queue_name", "job_variables"},
+    "trigger": {"type", "enabled", "match", "expect", "parameters"},
 }  # fmt: skip
 
 
@@ -34,17 +35,44 @@ def test_prefect_yaml_has_only_known_keys_and_importable_flows_with_valid_parame
     document: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     assert set(document) <= KNOWN[""]  # Prefect ignores unknown keys without a word
     assert document["pull"] == []
+    names = set()
     for deployment in document["deployments"]:
         assert set(deployment) <= KNOWN["deployment"]
         assert set(deployment["work_pool"]) <= KNOWN["work_pool"]
         module, name = deployment["entrypoint"].rsplit(".", 1)
         flow = getattr(importlib.import_module(module), name)
-        known = set(flow.parameters.properties)
-        assert set(deployment["parameters"]) <= known
-        for schedule in deployment["schedules"]:
+        names.add(f"{flow.name}/{deployment['name']}")
+        assert set(deployment["parameters"]) <= set(flow.parameters.properties)
+        for schedule in deployment.get("schedules", []):
             assert set(schedule) <= KNOWN["schedule"]
             assert schedule["active"] is False
             flow.validate_parameters({**deployment["parameters"], **schedule["parameters"]})
+        for trigger in deployment.get("triggers", []):
+            assert set(trigger) <= KNOWN["trigger"]
+            flow.validate_parameters({**deployment["parameters"], **trigger["parameters"]})
+    assert names == {"label/default", "label/nightly", "label/on-new-data", "inbox/watch", "stage/gpu"}
+
+
+@pytest.mark.parametrize("wrong", [{"engine": "gpu"}, {"priority": "high"}, {"tasks": "x"}, {"overrides": 3}])
+def test_wrong_parameters_of_a_run_are_refused(wrong: dict[str, Any]) -> None:
+    from prefect.exceptions import ParameterTypeError, SignatureMismatchError
+
+    from flows.label import label
+
+    with pytest.raises((ParameterTypeError, SignatureMismatchError)):
+        label.validate_parameters({"task": "task.yaml", **wrong})
+
+
+def test_every_parameter_is_shown_with_a_title_and_a_description_in_its_order() -> None:
+    from flows.inbox import inbox
+    from flows.label import label
+    from flows.stage import stage
+
+    shown = {**stage.parameters.properties, **inbox.parameters.properties, **label.parameters.properties}
+    assert all(found["title"] != name and found["description"] for name, found in shown.items())
+    assert min(label.parameters.properties, key=lambda name: shown[name]["position"]) == "task"
+    assert shown["engine"]["enum"] == ["local", "pool", "ray", "dask"]
+    assert label.parameters.required == ["task"]
 
 
 @pytest.fixture
@@ -86,8 +114,8 @@ def test_deployment_run_on_a_process_pool_publishes_a_release(
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    prefect("work-pool", "create", "cpu", "--type", "process")
-    prefect("deploy", "--all", cwd=ROOT)
+    configure = [sys.executable, str(ROOT / "deploy" / "configure.py"), "--gpus", "1"]
+    subprocess.run(configure, env=server, check=True, capture_output=True, timeout=200)
     elsewhere = tmp_path / "elsewhere"  # the worker's directory is not the project's
     elsewhere.mkdir()
     worker = subprocess.Popen(
@@ -103,8 +131,9 @@ def test_deployment_run_on_a_process_pool_publishes_a_release(
         (tmp_path / "home").mkdir(exist_ok=True)
         relative = os.path.relpath(path, tmp_path / "home")  # as a deployment's parameter: from CLOZELINE_HOME
         prefect(
-            "deployment", "run", "label/default", "--param", f"task={relative}", "--watch", "--watch-timeout", "180"
-        )
+            "deployment", "run", "label/default", "--param", f"task={relative}", "--param", "engine=local",
+            "--watch", "--watch-timeout", "180",
+        )  # fmt: skip
     finally:
         os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()

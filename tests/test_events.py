@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows.api import masked
+from pipeline.locations import masked
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSWORD = "user:secret"
@@ -149,7 +149,7 @@ def test_notify_without_counts_opens_no_file(client: dict[str, str], task: Path)
     refused = clozeline(client, "notify", str(task))
     assert refused.returncode == 2
     assert "a.parquet" in refused.stderr
-    assert clozeline(client, "notify", str(task), "--payload-less").returncode == 0
+    assert clozeline(client, "notify", str(task), "--no-counts").returncode == 0
     [event] = announced(client, task, count=1)
     assert event["payload"] == {"task": str(task)}
 

@@ -10,12 +10,14 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline import housekeeping, inventory, locations
+from pipeline.errors import InputError
 from pipeline.housekeeping import collect, disk_use, list_artifacts, plan_gc
 from pipeline.leases import lease, locked
 from pipeline.remote_store import RemoteStore
@@ -126,6 +128,42 @@ def test_what_nothing_needs_goes_and_a_dry_run_takes_nothing(store: Store) -> No
     assert goes(collect(store, keep=3)) == set()
     assert add(store, "fit", "gone") == gone  # and it can be built again
     assert there(store, gone) == [True]
+
+
+def test_looking_writes_nothing(disk: Store) -> None:
+    assert list_artifacts(disk) == []
+    assert not disk.root.exists()
+    with disk.using([add(disk, "fit", "one")], {}):
+        before = {path: path.stat().st_mtime_ns for path in disk.root.rglob("*")}
+        list_artifacts(disk)
+        plan_gc(disk, keep=1)
+        assert {path: path.stat().st_mtime_ns for path in disk.root.rglob("*")} == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
+def test_a_store_that_cannot_be_written_can_be_looked_at(disk: Store) -> None:
+    with disk.using([add(disk, "fit", "one")], {}):
+        paths = [disk.root, *disk.root.rglob("*")]
+        modes = {path: path.stat().st_mode for path in paths}
+        for path in paths:
+            path.chmod(modes[path] & ~0o222)
+        try:
+            assert [stored.in_use for stored in list_artifacts(disk)] == [True]
+            assert goes(plan_gc(disk, keep=0)) == set()
+        finally:
+            for path in paths:
+                path.chmod(modes[path])
+
+
+def test_nothing_goes_where_the_storage_does_not_tell_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLOZELINE_CACHE", str(tmp_path / "cache"))
+    store = open_store(f"memory://{tmp_path.name}")
+    reference = add(store, "fit", "one")
+    for file in locations.filesystem(store.location)[0].store.values():
+        file.created = datetime.fromtimestamp(0, UTC)  # what a storage that tells no time comes to
+    with pytest.raises(InputError, match="does not tell when files were written"):
+        collect(store, keep=0)
+    assert there(store, reference) == [True]
 
 
 def test_the_last_versions_of_each_release_keep_what_they_were_made_of(store: Store) -> None:

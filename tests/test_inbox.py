@@ -168,6 +168,7 @@ def test_files_behind_urls_are_announced_by_their_urls(tmp_path: Path, monkeypat
         [changed] = inbox.changes()
         assert changed.startswith("memory://")
         assert changed.endswith("/mail/in/a.parquet")
+        assert not (tmp_path / "cache").exists()  # nothing is fetched
     finally:
         storage.rm("/mail", recursive=True)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import locations
-from pipeline.errors import LeaseLost
+from pipeline import leases, locations
+from pipeline.errors import InputError, LeaseLost
 from pipeline.leases import lease, lock_if_free, locked, wait_until_free
 from tests.s3_server import s3_server, use_s3
 
@@ -153,6 +153,29 @@ def test_a_holder_that_was_held_up_learns_that_it_lost_it(url: str, start_holder
         held.check()  # and what the late one does at its end takes nothing from the new one
 
 
+def test_a_dead_holder_that_somebody_waited_for_has_lost_it(url: str, start_holder: object) -> None:
+    process = start_holder(f"{url}/name", 0.6)  # type: ignore[operator]
+    os.kill(process.pid, signal.SIGSTOP)
+    wait_until_free(f"{url}/name")
+    os.kill(process.pid, signal.SIGCONT)
+    assert process.communicate("\n", timeout=30)[0] == "lost\n"
+
+
+def test_a_heartbeat_that_is_refused_for_a_while_loses_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lease(f"{url}/name", ttl=1.5) as held:
+        with monkeypatch.context() as away:
+            away.setattr(leases, "write", _refuse)
+            time.sleep(0.7)
+        before = locations.read(f"{url}/name/{1:012d}")
+        time.sleep(0.8)
+        assert locations.read(f"{url}/name/{1:012d}") != before
+        held.check()
+
+
+def _refuse(url: str, content: bytes) -> None:
+    raise InputError("access was denied", where=url)
+
+
 def test_who_fills_a_gap_behind_the_end_of_the_chain_holds_nothing(url: str) -> None:
     with lease(f"{url}/name"):
         pass
@@ -186,6 +209,7 @@ def test_a_lock_file_that_is_swept_while_somebody_waits_locks_nobody_out_and_let
 
     with lock_if_free(path) as free:
         assert free  # no file, no holder
+    assert not path.exists()
     with locked(path):
         first = path.stat().st_ino
         with lock_if_free(path) as free:

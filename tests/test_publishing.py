@@ -123,6 +123,17 @@ def test_a_half_uploaded_version_is_never_taken_for_one(
     assert set(files_below(published.path)) == {"_SUCCESS", "data/rest.parquet", "manifest.json"}
 
 
+def test_what_others_put_among_the_versions_is_left_alone_and_counts_for_nothing(
+    release: str, artifact: Callable[[str], Artifact]
+) -> None:
+    one = artifact("one")
+    for name in ("notes.txt", f"old-{one.key[:8]}/_SUCCESS", "backup-0009/_SUCCESS", "drafts/x"):
+        put(f"{release}/versions/{name}", b"mine")
+    before = files_below(release)
+    assert publish(one, release).name == f"0001-{one.key[:8]}"
+    assert before.items() <= files_below(release).items()
+
+
 def test_a_latest_that_was_not_moved_before_a_kill_is_moved_by_the_next_run(
     release: str, artifact: Callable[[str], Artifact]
 ) -> None:
@@ -168,6 +179,13 @@ def test_a_release_that_cannot_be_written_is_the_users_to_fix(
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="choose another --out"):
         publish(artifact("one"), tmp_path / "file" / "releases")
+    with (
+        pytest.raises(InputError, match=r"can't write the release.*\n.*\n.*choose another --out"),
+        release_lease(str(tmp_path / "file" / "releases")),
+    ):
+        pass
+    with pytest.raises(FileNotFoundError), release_lease(str(tmp_path / "releases")):
+        raise FileNotFoundError("what happens inside is told as it is")
     use_s3(monkeypatch, server, tmp_path / "cache")
     with pytest.raises(InputError, match="the bucket does not exist"):
         publish(artifact("one"), "s3://nowhere/releases")
@@ -186,5 +204,7 @@ def test_a_release_path_is_the_commands_then_the_tasks_then_the_default(
     assert release_path(own, None) == str(tmp_path / "task" / "out")
     assert release_path(url, None) == "s3://bucket/tiny"
     assert release_path(plain, None) == str(tmp_path / "releases" / "tiny")
+    with pytest.raises(InputError, match="must not hold credentials"):
+        release_path(plain, "s3://key:secret@bucket/tiny")
     behind = Task.from_dict(own.model_dump(), root="s3://bucket/tasks")
     assert release_path(behind, None) == "s3://bucket/tasks/out"

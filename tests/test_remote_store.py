@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import inventory, locations, transfer
+from pipeline import inventory, locations, remote_store, transfer
 from pipeline.base_model import resolve_base_model
 from pipeline.checks import check_task
 from pipeline.errors import InputError, StorageTrouble, StoreDamaged
@@ -136,6 +136,16 @@ def test_a_damaged_cached_copy_is_fetched_again(store: RemoteStore) -> None:
     built = store.get_or_build("fit", KEY, build, HEADER)
     whole = files_of(built.path)
     (built.path / "settings.json").write_text("{")
+    assert files_of(store.fetch(built).path) == whole
+
+
+def test_a_flipped_bit_of_a_cached_copy_is_found_by_the_next_process_and_fetched_again(
+    store: RemoteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = store.get_or_build("fit", KEY, build, HEADER)
+    whole = files_of(store.fetch(built).path)
+    monkeypatch.setattr(remote_store, "_verified", set())
+    (built.path / "settings.json").write_text('{"a": 2}')
     assert files_of(store.fetch(built).path) == whole
 
 
@@ -333,6 +343,15 @@ def test_after_a_kill_the_same_call_finishes_with_the_same_bytes_and_the_litter_
         assert fetched(store) == undisturbed(tmp_path, 40)
 
 
+def test_a_stage_whose_input_another_has_discarded_says_that_it_is_to_be_built_again(
+    store: RemoteStore, tiny_task: Callable[..., Path]
+) -> None:
+    task = Task.load(tiny_task())
+    [prepare] = build_plan(task, resolve_base_model(task.base_model, task.root)).find("prepare")
+    with pytest.raises(StoreDamaged, match=r"needs ingest/.*may have found it damaged"):
+        run_stage(prepare.request(store))
+
+
 # ---- the main job --------------------------------------------------------------------------------------
 
 
@@ -364,19 +383,30 @@ def test_the_main_job_behind_urls_gives_the_bytes_that_it_gives_on_a_disk(
         shutil.copy(path.parent / ("unlabelled.parquet" if day == "1" else "test.parquet"), part)
     names = [str(file.relative_to(path.parent)) for file in path.parent.rglob("*") if file.is_file()]
     transfer.upload_tree(path.parent, names, f"{url}/tasks")
+    model = Path(Task.load(path).base_model)
+    transfer.upload_tree(model, [file.name for file in model.iterdir()], f"{url}/models/{model.name}")
+    behind = (locations.read(f"{url}/tasks/task.yaml") or b"").replace(
+        str(model).encode(), f"../models/{model.name}".encode()
+    )
+    locations.write(f"{url}/tasks/task.yaml", behind)
 
     here = Run(str(path), str(tmp_path / "store"), str(tmp_path / "releases"))
     there = Run(f"{url}/tasks/task.yaml", f"{url}/store", f"{url}/releases")
     executed = here()
     assert there() == executed
+    fit = there.plan().find("fit")[0].request(there.store)
+    assert fit["where"]["base"] == f"{url}/models/{model.name}"
+    there.store.discard(fit["stage"], fit["key"])
+    shutil.rmtree(tmp_path / "cache")  # another machine
+    assert run_stage(fit)[1]
     assert len(executed) > 15
     assert there.published.name == here.published.name
     version = Path(here.published.path)
     on_disk = files_of(version)
-    behind = {
+    published = {
         name: locations.read(f"{there.published.path}/{name}") for name in locations.entries(there.published.path)
     }
-    assert behind == on_disk
+    assert published == on_disk
     assert latest_manifest(there.out) == latest_manifest(here.out)
     assert files_of(find_student(there.out)) == files_of(version / "model")
 

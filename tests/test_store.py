@@ -127,7 +127,7 @@ def test_a_build_that_fails_leaves_nothing_and_can_be_tried_again(store: Store) 
 def test_a_store_that_cannot_be_written_says_what_to_set(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="CLOZELINE_STORE"):
-        Store(tmp_path / "file" / "store")
+        Store(tmp_path / "file" / "store").get_or_build("fit", KEY, build, HEADER)
 
 
 # ---- damage --------------------------------------------------------------------------------------------

@@ -312,6 +312,9 @@ def test_paths_of_a_task_behind_a_url_start_from_its_directory(bucket: str, tmp_
     assert [task.source_of(file).removeprefix("memory:").lstrip("/") for file in files] == [
         f"{bucket.removeprefix('memory://')}/reviews/pool/day={day}/part.parquet" for day in (1, 2)
     ]
+    assert Task.load(
+        f"{bucket}/reviews/task.yaml", ["inputs.unlabelled=../reviews/pool/*/part.parquet"]
+    ).matched_files() == (files)
     assert task.locate("other.parquet") == f"{bucket}/reviews/other.parquet"
     assert task.path(f"{bucket}/reviews/pool/day=2/part.parquet").read_text() == "2"
 
@@ -355,6 +358,7 @@ def test_a_base_model_behind_a_url_is_fetched_and_keeps_its_name(bucket: str, ti
     found, here = resolve_base_model(task.base_model, task.root), resolve_base_model(str(tiny_model))
     assert found.weights == here.weights
     assert Path(found.name).name == "tiny"
+    assert task.source_of(found.path) == f"{bucket}/models/tiny"  # whatever machine reads it fetches it from there
 
 
 def test_the_librarys_own_fields_are_no_keys(write: Callable[..., Path]) -> None:

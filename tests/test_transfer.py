@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import importlib.util
+import os
 import threading
 import uuid
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import locations
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StorageTrouble
 from pipeline.transfer import fetch_file, fetch_tree, upload_tree
 from tests.s3_server import s3_server, use_s3
 
@@ -89,9 +90,21 @@ def test_a_file_of_a_web_server_is_fetched(web: str, tmp_path: Path) -> None:
     (tmp_path / "web" / "rows.parquet").write_bytes(b"rows")
     assert fetch_file(f"{web}/rows.parquet", tmp_path).read_bytes() == b"rows"
     (tmp_path / "web" / "rows.parquet").write_bytes(b"ROWS")
+    os.utime(tmp_path / "web" / "rows.parquet", (2e9, 2e9))  # the server tells whole seconds
     assert fetch_file(f"{web}/rows.parquet", tmp_path).read_bytes() == b"ROWS"
     with pytest.raises(InputError, match="there is no such file"):
         fetch_file(f"{web}/none.parquet", tmp_path)
+
+
+def test_a_file_of_a_web_server_is_kept_until_the_server_tells_another_time_and_its_query_is_no_part_of_its_name(
+    web: str, tmp_path: Path
+) -> None:
+    (tmp_path / "web" / "rows.parquet").write_bytes(b"rows")
+    url = f"{web}/rows.parquet?signature={'s' * 300}"
+    copy = fetch_file(url, tmp_path)
+    assert copy.name == "rows.parquet"
+    copy.write_bytes(b"mine")
+    assert fetch_file(url, tmp_path).read_bytes() == b"mine"
 
 
 def test_a_tree_comes_back_as_it_was_uploaded_and_is_fetched_once(url: str, tmp_path: Path) -> None:
@@ -127,6 +140,68 @@ def test_a_listing_shows_what_another_has_just_written(url: str) -> None:
 def test_a_storage_that_nobody_knows_is_named() -> None:
     with pytest.raises(InputError, match="there is no storage called nowhere://"):
         locations.read("nowhere://bucket/file")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:secret@bucket/rows",
+        "s3://key:se/cr@et@bucket/rows",
+        "https://:secret@host/rows",
+        "zip://a::ftp://me:secret@host/a.zip",
+    ],
+)
+def test_a_url_with_a_password_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(InputError, match="must not hold credentials") as told:
+        locations.read(url)
+    assert "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket/a@b:c@d",
+        "hdfs://host:8020/a@b",
+        "http://[::1]:8020/a@b",
+        "abfs://box@account.dfs.core.windows.net/a",
+        "/a:b@c",
+    ],
+)
+def test_what_only_looks_like_a_password_is_none(url: str) -> None:
+    locations.refuse_credentials(url)
+
+
+def test_steps_up_are_taken_within_the_bucket_and_not_above_it() -> None:
+    assert locations.join("s3://bucket/tasks/one", "../../rows/./a.parquet") == "s3://bucket/rows/a.parquet"
+    assert locations.join("s3://bucket/tasks", "..") == "s3://bucket"
+    with pytest.raises(InputError, match="leads above the bucket"):
+        locations.join("s3://bucket/tasks", "../../other/a.parquet")
+
+
+class _Refused(OSError):
+    """What a storage client raises for an answer."""
+
+    def __init__(self, status: int, code: str) -> None:
+        super().__init__(5, code)
+        self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (_Refused(400, "RequestTimeout"), StorageTrouble),
+        (_Refused(503, "SlowDown"), StorageTrouble),
+        (_Refused(409, "ConditionalRequestConflict"), StorageTrouble),
+        (ConnectionResetError("reset"), StorageTrouble),
+        (TimeoutError("too long"), StorageTrouble),
+        (_Refused(400, "InvalidBucketName"), InputError),
+        (_Refused(403, "AccessDenied"), InputError),
+    ],
+)
+def test_what_may_pass_is_told_from_what_the_user_can_fix(raised: OSError, told: type[Exception]) -> None:
+    with pytest.raises(told) as caught, locations.translated("s3://bucket/file"):
+        raise raised
+    assert type(caught.value) is told
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="the package is installed")

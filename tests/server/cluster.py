@@ -56,15 +56,21 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def ask(self, path: str, body: Any = None) -> Any:
         """Read from the server: GET, or POST with a body; with a CSRF token."""
+        until = time.monotonic() + 60
         with httpx.Client(base_url=self.api, timeout=30) as client:
-            if body is None:
-                answer = client.get(path)
-            else:
-                token = client.get("/csrf-token", params={"client": "test"}).json()["token"]
-                headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
-                answer = client.post(path, json=body, headers=headers)
+            while True:
+                if body is None:
+                    answer = client.get(path)
+                else:
+                    token = client.get("/csrf-token", params={"client": "test"}).json()["token"]
+                    headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
+                    answer = client.post(path, json=body, headers=headers)
+                # SQLite was locked; Prefect's own client asks again, too.
+                if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > until:
+                    break
+                time.sleep(0.5)
         answer.raise_for_status()
         return answer.json()
 

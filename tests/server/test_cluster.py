@@ -75,18 +75,25 @@ def test_up_configures_a_server_restarts_what_died_and_down_ends_just_its_own(
     assert set(listening) <= {"127.0.0.1", "::1"}
 
     # What somebody switches is theirs to switch back.
-    scheduled = next(found for found in one.ask("/deployments/filter", {}) if found["schedules"])
+    scheduled = next(found for found in one.ask("/deployments/filter", {}) if found["name"] == "nightly")
     name = f"{one.ask('/flows/' + scheduled['flow_id'])['name']}/{scheduled['name']}"
     assert [schedule["active"] for schedule in scheduled["schedules"]] == [False]
     one.prefect("deployment", "schedule", "resume", name, scheduled["schedules"][0]["id"])
+    one.prefect("deployment", "schedule", "create", name, "--cron", "0 4 * * *", "--timezone", "Europe/Berlin")
     for automation, _ in first["automations"]:
         one.prefect("automation", "pause", automation)
 
+    one.environment["CLOZELINE_SILENCE"] = "400"
     one("up")
     again = one.content()
     assert again == first | {"automations": [(automation, False) for automation, _ in first["automations"]]}
     assert one.pids() == pids
-    assert one.ask(f"/deployments/{scheduled['id']}")["schedules"][0]["active"] is True
+    schedules = one.ask(f"/deployments/{scheduled['id']}")["schedules"]
+    assert sorted((found["schedule"].get("cron"), found["active"]) for found in schedules) == sorted(
+        [(scheduled["schedules"][0]["schedule"].get("cron"), True), ("0 4 * * *", True)]
+    )
+    [heartbeats] = [found for found in one.ask("/automations/filter", {}) if found["name"] == HEARTBEATS]
+    assert heartbeats["trigger"]["within"] == 400
 
     os.kill(pids["gpu-1"], signal.SIGKILL)
     assert "gpu-1    DIED" in one("status", code=1)
@@ -158,8 +165,24 @@ def test_a_port_that_somebody_else_uses_is_left_to_them(cluster: Callable[..., C
         server.wait()
 
 
+def test_gpus_that_the_driver_does_not_tell_are_an_error_and_not_none(tmp_path: Path) -> None:
+    broken = tmp_path / "nvidia-smi"
+    broken.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    broken.chmod(0o755)
+    one = Cluster(tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    del one.environment["CUDA_VISIBLE_DEVICES"]
+    assert "nvidia-smi does not tell the GPUs" in one("up", code=2)
+    assert one.pids() == {}
+
+
 def test_unit_files_are_valid_and_hold_no_secret(tmp_path: Path) -> None:
-    one = Cluster(tmp_path, PREFECT_SERVER_API_AUTH_STRING="admin:s3cret")
+    one = Cluster(
+        tmp_path,
+        PREFECT_SERVER_API_AUTH_STRING="admin:s3cret",
+        PREFECT_SERVER_DATABASE_CONNECTION_URL="postgresql+asyncpg://me:s3cret@host/db",
+        PREFECT_CLIENT_CUSTOM_HEADERS='{"X-Token": "s3cret"}',
+        PREFECT_API_URL="http://me:s3cret@host/api",
+    )
     units = tmp_path / "units"
     units.mkdir()
     said = one("systemd", str(units))

@@ -163,8 +163,10 @@ def test_damaged_artifact_rebuilds_that_stage_alone(machine: Machine, tiny_task:
     soft.write_bytes(content)
     for gone in store.glob("distill/*"):
         subprocess.run(["rm", "-r", str(gone)], check=True)
+    [data] = store.glob("release/*/version/data/train-*.parquet")
+    data.write_bytes(data.read_bytes()[:-1] + b"X")
     again = machine.summary(path)
-    assert sorted(again["executed"]) == ["blend", "distill"]
+    assert sorted(again["executed"]) == ["blend", "distill", "release"]
     assert (again["new"], bytes_of(again["release"])) == (False, before)
 
 
