@@ -7,16 +7,17 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import httpx
 from prefect import get_run_logger
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.states import Cancelled, Cancelling
+from prefect.states import Cancelled, Cancelling, Crashed
 
 from pipeline.engines import Progress, Request
 from pipeline.errors import ClozelineError, InputError, RunStopped, StageLost, rebuilt
@@ -26,6 +27,10 @@ _POLL_SECONDS = 2.0
 # A server that is restarted is back within minutes; the stages go on meanwhile.
 _SERVER_PATIENCE = 600.0
 _WORKER_PATIENCE = 60.0
+# A worker that dies while it hands a run over leaves it pending, and nobody sends heartbeats for it. A process begins
+# within seconds; other infrastructure may have to fetch an image first.
+_HANDOVER_PATIENCE = {"process": 60.0}
+_SLOW_HANDOVER_PATIENCE = 900.0
 
 
 class PoolEngine:
@@ -76,6 +81,7 @@ class PoolEngine:
                 try:
                     found = client.read_flow_run(run_id)
                     answered = time.monotonic()
+                    self._give_up_handover(client, title, found)
                 except (httpx.TransportError, PrefectHTTPStatusError) as error:
                     if time.monotonic() - answered > _SERVER_PATIENCE:
                         raise ClozelineError(f"the Prefect server does not answer: {error}") from error
@@ -96,6 +102,21 @@ class PoolEngine:
                         _WORKER_PATIENCE,
                     )
                 time.sleep(_POLL_SECONDS)
+
+    def _give_up_handover(self, client: SyncPrefectClient, title: str, run: FlowRun) -> None:
+        """Mark a run that its worker took and never began as crashed.
+
+        Raises:
+            StageLost: it was.
+        """
+        if run.state is None or not run.state.is_pending() or run.work_pool_name is None:
+            return
+        patience = _HANDOVER_PATIENCE.get(client.read_work_pool(run.work_pool_name).type, _SLOW_HANDOVER_PATIENCE)
+        pending = (datetime.now(UTC) - run.state.timestamp).total_seconds()
+        if pending > patience:
+            crashed = Crashed(message=f"no worker began it in the {pending:.0f} s since one took it")
+            client.set_flow_run_state(run.id, crashed, force=True)
+            raise StageLost(f"the worker that took {title} did not begin it")
 
     def _results(self, title: str, run: FlowRun) -> list[dict[str, Any]]:
         state = run.state

@@ -56,9 +56,13 @@ class StageProcess:
 
     Args:
         device: the CUDA device that it may see (an index or a UUID); None leaves what this process sees.
+
+    Raises:
+        InputError: a setting in the environment is wrong.
     """
 
     def __init__(self, device: str | None = None) -> None:
+        Settings()  # a wrong one is told here rather than by a process that can't start
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         # Threads that spin while they wait starve whatever else runs on the machine, another worker above all:
         # two fits side by side on two cores took five times as long as with threads that sleep.
