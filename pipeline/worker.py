@@ -48,7 +48,14 @@ CORES = len(os.sched_getaffinity(0))
 # 6.3). The number of threads is fixed for each stage, since it may change the last bits of a result.
 LANES = min(CORES, 2)
 # How an allocation that failed shows where no Python exception could be raised any more.
-_NO_MEMORY = ("bad_alloc", "Cannot allocate memory", "can't allocate memory", "not enough memory", "out of memory")
+_NO_MEMORY = (
+    "bad_alloc",
+    "can't start new thread",
+    "Cannot allocate memory",
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+)
 
 
 class StageProcess:

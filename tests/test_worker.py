@@ -126,12 +126,16 @@ def test_killed_process_is_a_lost_stage_and_a_stopped_one_is_not(process: StageP
     assert isinstance(running.error, RunStopped)
 
 
+def lengthen(file: Path) -> None:
+    """Make the texts of a file as long as the model reads."""
+    rows = pq.read_table(file).to_pylist()
+    pq.write_table(pa.Table.from_pylist([{**row, "text": row["text"] + " good bad" * 40} for row in rows]), file)
+
+
 def test_stage_out_of_memory_is_told_and_fits_with_smaller_batches(
     request_of_fit: Any, tiny_task: MakeTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tiny_task().parent / "labelled.parquet"
-    rows = pq.read_table(file).to_pylist()
-    pq.write_table(pa.Table.from_pylist([{**row, "text": row["text"] + " good bad" * 40} for row in rows]), file)
+    lengthen(tiny_task().parent / "labelled.parquet")
     overrides = "training.batch_size=1024", "training.steps=1", "training.folds=0", "training.max_length=64"
     request = request_of_fit(*overrides)
     with StageProcess() as free:

@@ -20,6 +20,7 @@ import pytest
 
 from tests.s3_server import s3_server, use_s3
 from tests.test_flow import Machine, bytes_of
+from tests.test_worker import lengthen
 
 pytestmark = pytest.mark.server
 MakeTask = Callable[..., Path]
@@ -115,6 +116,7 @@ def test_stage_that_hangs_is_killed_and_tried_again(
 def test_stage_out_of_memory_is_tried_again_in_half_batches(machine: Machine, tiny_task: MakeTask) -> None:
     big = {"steps": 1, "folds": 0, "batch_size": 1024, "max_length": 64}
     path = str(tiny_task(changes={"training": big}))
+    lengthen(Path(path).parent / "labelled.parquet")
     free = machine.start("run", path, "--json", "--set", "training.batch_size=8")
     taken = 0
     while free.poll() is None:
@@ -126,7 +128,7 @@ def test_stage_out_of_memory_is_tried_again_in_half_batches(machine: Machine, ti
             taken = max([taken, *(int(x.split()[1]) // 1024 for x in status.splitlines() if x.startswith("VmData"))])
         time.sleep(0.05)
     free.communicate()
-    machine.environment["CLOZELINE_STAGE_MEMORY"] = str(taken + 25)
+    machine.environment["CLOZELINE_STAGE_MEMORY"] = str(taken + 40)
     summary = machine.summary(path)
     records = [json.loads(file.read_text()) for file in machine.root.glob(".clozeline/store/fit/*/run.json")]
     assert summary["new"]
@@ -178,6 +180,7 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def on_s3(name: str, url: str, tmp_path: Path) -> Machine:
     """A machine with a home, a Prefect and a cache of its own, whose store lies behind a URL."""
+    (tmp_path / name / "prefect").mkdir(parents=True)
     machine = Machine(tmp_path / name, tmp_path / name / "prefect")
     machine.environment |= {"CLOZELINE_STORE": f"{url}/store", "CLOZELINE_CACHE": str(tmp_path / name / "cache")}
     return machine
