@@ -14,7 +14,14 @@ from uuid import UUID
 import httpx
 from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Crashed
@@ -74,14 +81,15 @@ class PoolEngine:
         return UUID(str(created.id))
 
     def _wait(self, title: str, run_id: UUID, progress: Progress) -> FlowRun:
-        created = answered = time.monotonic()
+        created = answered = looked = time.monotonic()
         begun = warned = False
         with get_client(sync_client=True) as client:
             while True:
                 try:
                     found = client.read_flow_run(run_id)
                     answered = time.monotonic()
-                    self._give_up_handover(client, title, found)
+                    if _is_abandoned(client, found):
+                        raise StageLost(f"the worker that took {title} did not begin it")
                 except (httpx.TransportError, PrefectHTTPStatusError) as error:
                     if time.monotonic() - answered > _SERVER_PATIENCE:
                         raise ClozelineError(f"the Prefect server does not answer: {error}") from error
@@ -93,6 +101,10 @@ class PoolEngine:
                 if state is not None and state.is_running() and not begun:
                     begun = True
                     progress(0, 1)
+                if not begun and time.monotonic() - looked > _WORKER_PATIENCE:
+                    looked = time.monotonic()
+                    with suppress(httpx.TransportError, PrefectHTTPStatusError):
+                        _sweep_abandoned(client)
                 if not begun and not warned and time.monotonic() - created > _WORKER_PATIENCE:
                     warned = True
                     get_run_logger().warning(
@@ -102,21 +114,6 @@ class PoolEngine:
                         _WORKER_PATIENCE,
                     )
                 time.sleep(_POLL_SECONDS)
-
-    def _give_up_handover(self, client: SyncPrefectClient, title: str, run: FlowRun) -> None:
-        """Mark a run that its worker took and never began as crashed.
-
-        Raises:
-            StageLost: it was.
-        """
-        if run.state is None or not run.state.is_pending() or run.work_pool_name is None:
-            return
-        patience = _HANDOVER_PATIENCE.get(client.read_work_pool(run.work_pool_name).type, _SLOW_HANDOVER_PATIENCE)
-        pending = (datetime.now(UTC) - run.state.timestamp).total_seconds()
-        if pending > patience:
-            crashed = Crashed(message=f"no worker began it in the {pending:.0f} s since one took it")
-            client.set_flow_run_state(run.id, crashed, force=True)
-            raise StageLost(f"the worker that took {title} did not begin it")
 
     def _results(self, title: str, run: FlowRun) -> list[dict[str, Any]]:
         state = run.state
@@ -146,3 +143,26 @@ class PoolEngine:
                     if state is not None and not state.is_final():
                         begun = state.is_running() or state.is_pending()
                         client.set_flow_run_state(run_id, Cancelling() if begun else Cancelled(), force=not begun)
+
+
+def _is_abandoned(client: SyncPrefectClient, run: FlowRun) -> bool:
+    """Whether a worker took a run and never began it; such a run is marked as crashed.
+
+    It would count against the pool's limit for ever, and keep a device idle.
+    """
+    if run.state is None or not run.state.is_pending() or run.work_pool_name is None:
+        return False
+    patience = _HANDOVER_PATIENCE.get(client.read_work_pool(run.work_pool_name).type, _SLOW_HANDOVER_PATIENCE)
+    pending = (datetime.now(UTC) - run.state.timestamp).total_seconds()
+    if pending > patience:
+        crashed = Crashed(message=f"no worker began it in the {pending:.0f} s since one took it")
+        client.set_flow_run_state(run.id, crashed, force=True)
+    return pending > patience
+
+
+def _sweep_abandoned(client: SyncPrefectClient) -> None:
+    """Mark the abandoned runs of all, also of those whose parents died with their workers."""
+    pending = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING]))
+    stages = FlowFilter(name=FlowFilterName(any_=[DEPLOYMENT.split("/")[0]]))
+    for run in client.read_flow_runs(flow_filter=stages, flow_run_filter=FlowRunFilter(state=pending)):
+        _is_abandoned(client, run)

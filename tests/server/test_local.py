@@ -24,6 +24,8 @@ from tests.test_worker import lengthen
 
 pytestmark = pytest.mark.server
 MakeTask = Callable[..., Path]
+# Each stage that Ray, Dask or S3 sees costs seconds: as few of them as show what is to be shown.
+SMALL: dict[str, Any] = {"annotators": ["{text} It was {mask}."], "inputs": {"test": None}}
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +62,13 @@ def wait_for_fit(machine: Machine) -> Path:
 def test_twenty_kills_at_random_moments_end_with_the_same_bytes(
     machine: Machine, tiny_task: MakeTask, tmp_path: Path, prefect_home: Path
 ) -> None:
-    path = str(tiny_task(changes={"training": {"steps": 200}, "student": {"steps": 100}}))
+    path = str(tiny_task(changes={"training": {"steps": 150}, "student": {"steps": 50}}))
     calm = machine.summary(path)
     draw = random.Random(20)
     kills, finished, other = 0, 0, Machine(tmp_path / "killed-0", prefect_home)
     while kills < 20:
         process = other.start("run", path, "--json")
-        time.sleep(draw.uniform(2.0, 14.0))
+        time.sleep(draw.uniform(1.0, 10.0))
         if process.poll() is not None:  # it got through: on with a fresh store
             assert process.communicate() is not None
             assert bytes_of(str(latest(other))) == bytes_of(calm["release"])
@@ -99,7 +101,7 @@ def latest(machine: Machine) -> Path:
 def test_stage_that_hangs_is_killed_and_tried_again(
     machine: Machine, tiny_task: MakeTask, tmp_path: Path, prefect_home: Path
 ) -> None:
-    path = str(tiny_task(changes={"training": {"steps": 60}}))
+    path = str(tiny_task(changes={**SMALL, "training": {"steps": 60}}))
     calm = Machine(tmp_path / "calm", prefect_home).summary(path)
     machine.environment["CLOZELINE_STAGE_TIMEOUT"] = "5"
     process = machine.start("run", path, "--json")
@@ -142,7 +144,7 @@ def test_engine_gives_the_same_bytes_and_is_not_started_for_what_is_cached(
     module = {"ray": "ray", "dask": "distributed"}[engine]
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed: pip install -e '.[{engine}]'")
-    path = str(tiny_task())
+    path = str(tiny_task(changes=SMALL))
     calm = Machine(tmp_path / "calm", prefect_home).summary(path)
     # Ray keeps its sockets below a path that must be short.
     machine.environment["RAY_TMPDIR"] = f"/tmp/ray-{os.getpid()}"
@@ -155,7 +157,7 @@ def test_engine_gives_the_same_bytes_and_is_not_started_for_what_is_cached(
 
 
 def test_damaged_artifact_rebuilds_that_stage_alone(machine: Machine, tiny_task: MakeTask) -> None:
-    path = str(tiny_task())
+    path = str(tiny_task(changes=SMALL))
     calm = machine.summary(path)
     before = bytes_of(calm["release"])
     store = machine.root / ".clozeline" / "store"
@@ -200,7 +202,7 @@ def files_behind(url: str) -> dict[str, bytes]:
 def test_two_machines_on_one_store_behind_a_url_build_each_stage_once(
     s3: str, machine: Machine, tiny_task: MakeTask, tmp_path: Path
 ) -> None:
-    path = str(tiny_task(changes={"training": {"steps": 30}}))
+    path = str(tiny_task(changes={**SMALL, "training": {"steps": 30}}))
     calm = machine.summary(path)
     machines = [on_s3(name, s3, tmp_path) for name in ("one", "two")]
     # Each with a release of its own: it is the stages that they share.
@@ -216,12 +218,12 @@ def test_two_machines_on_one_store_behind_a_url_build_each_stage_once(
 def test_killed_with_a_store_behind_a_url_the_same_command_finishes_it(
     s3: str, machine: Machine, tiny_task: MakeTask, tmp_path: Path
 ) -> None:
-    path = str(tiny_task(changes={"training": {"steps": 30}}))
+    path = str(tiny_task(changes={**SMALL, "training": {"steps": 30}}))
     calm = machine.summary(path)
     draw, killed = random.Random(5), on_s3("killed", s3, tmp_path)
     for _ in range(4):
         process = killed.start("run", path, "--out", f"{s3}/release")
-        time.sleep(draw.uniform(4, 16))
+        time.sleep(draw.uniform(3, 12))
         process.kill()
         process.communicate()
         killed.wait_until_nothing_runs()
@@ -248,7 +250,7 @@ WITH_BLOCK = textwrap.dedent("""\
 
 
 def test_credentials_come_from_a_block_and_are_in_no_parameter(s3: str, tiny_task: MakeTask, tmp_path: Path) -> None:
-    path, machine = str(tiny_task()), on_s3("block", s3, tmp_path)
+    path, machine = str(tiny_task(changes=SMALL)), on_s3("block", s3, tmp_path)
     environment = {name: value for name, value in machine.environment.items() if not name.startswith("AWS_")}
     settings: dict[str, Any] = {
         "key": os.environ["AWS_ACCESS_KEY_ID"],
