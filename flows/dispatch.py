@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +19,7 @@ from pipeline.engines import Engine
 from pipeline.engines.dask import DaskEngine
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.ray import RayEngine
-from pipeline.errors import OutOfMemory, StageLost, StorageTrouble
+from pipeline.errors import OutOfMemory, RunStopped, StageLost, StorageTrouble
 from pipeline.plan import Call, Plan
 from pipeline.settings import EngineName
 from pipeline.store import Store, key_of
@@ -33,8 +32,6 @@ _GROUP_SECONDS, _MOST_GROUPS, _FEWEST_GROUPS, _FEWEST_FAR = 120.0, 100, 8, 2
 # What there is one of for each file; far away, what there is one of for each annotator and is soon done, too.
 _GROUPED = frozenset({"ingest", "label"})
 _GROUPED_FAR = _GROUPED | {"annotate"}
-# A process that is killed twice for the same stage was most likely killed for its memory.
-_KILLS_BEFORE_HALVING = 2
 _SMALLEST_SHARE = 1 / 16
 
 
@@ -61,7 +58,7 @@ class Dispatcher:
             self._far = DaskEngine()
         self._lock = threading.Lock()
         self._shares: dict[str, float] = {}
-        self._kills: Counter[str] = Counter()
+        self._sent: set[str] = set()
 
     def run(self, title: str, requests: Sequence[Mapping[str, Any]], progress: Any) -> dict[str, dict[str, Any]]:
         """Run what the store does not have; returns the seconds of each by key."""
@@ -71,30 +68,32 @@ class Dispatcher:
         if not missing:  # no process, and no device, is held for what is there
             return seconds
         sent = [{**request, "batch_share": self._shares.get(request["key"], 1.0)} for request in missing]
+        keys = [request["key"] for request in missing]
+        self._sent |= set(keys)
         engine = self._far if sent[0]["on_device"] else self._beside
         try:
             results = engine.run(title, sent, progress)
-        except StageLost as error:
-            self._learn(error, [request["key"] for request in missing])
+        except OutOfMemory:
+            # Only then: half batches may change the last bits, and a process that was killed goes on as it was.
+            with self._lock:
+                for key in keys:
+                    self._shares[key] = max(self._shares.get(key, 1.0) / 2, _SMALLEST_SHARE)
             raise
-        with self._lock:
-            self.executed += [r["title"] for r, result in zip(missing, results, strict=True) if result["built"]]
+        built = {request["key"] for request, result in zip(missing, results, strict=True) if result["built"]}
+        with self._lock:  # what an earlier try built before its process was lost is this run's work, too
+            titles = {request["key"]: request["title"] for request in requests}
+            self.executed += [titles[key] for key in titles if key in built | (self._sent & seconds.keys())]
+            self._sent -= titles.keys()
         return seconds | {
             request["key"]: {"seconds": result["seconds"]} for request, result in zip(missing, results, strict=True)
         }
 
-    def _learn(self, error: StageLost, keys: Iterable[str]) -> None:
-        """After running out of memory, or what looks like it, the next try computes in half batches."""
-        with self._lock:
-            for key in keys:
-                self._kills[key] += 1
-                if isinstance(error, OutOfMemory) or self._kills[key] >= _KILLS_BEFORE_HALVING:
-                    self._shares[key] = max(self._shares.get(key, 1.0) / 2, _SMALLEST_SHARE)
-
     def close(self) -> None:
         """Stop whatever runs; artifacts that are half built stay unpublished."""
-        self._far.close()
-        self._beside.close()
+        try:
+            self._far.close()
+        finally:
+            self._beside.close()
 
 
 _dispatchers: dict[str, Dispatcher] = {}
@@ -153,6 +152,8 @@ def stage_task(title: str, requests: list[dict[str, Any]], run: str) -> dict[str
         report(done, total)
 
     try:
+        if run not in _dispatchers:
+            raise RunStopped("the run was stopped")
         done = _dispatchers[run].run(title, requests, progress)
     except BaseException:
         if begun:

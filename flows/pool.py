@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -56,40 +57,57 @@ class PoolEngine:
 
     def run(self, title: str, requests: Sequence[Request], progress: Progress) -> list[dict[str, Any]]:
         """See `pipeline.engines.Engine.run`; the progress itself is drawn by the stage's own flow run."""
+        run_id = self._create(title, requests)
         with self._lock:
-            if self._closed:
-                raise RunStopped("the run was stopped")
-            run_id = self._create(title, requests)
             self._running.add(run_id)
         try:
+            if self._closed:
+                self._cancel(run_id)
             return self._results(title, self._wait(title, run_id, progress))
         finally:
             self._running.discard(run_id)
 
     def _create(self, title: str, requests: Sequence[Request]) -> UUID:
         parameters = {"title": title, "requests": list(requests), "storage_block": self._storage_block}
-        try:
-            created: Any = run_deployment(
-                DEPLOYMENT, parameters=parameters, flow_run_name=title, work_queue_name=self._queue, timeout=0
-            )
-        except ObjectNotFound:
-            raise InputError(
-                f"the server has no deployment {DEPLOYMENT}, which the engine pool needs",
-                where="engine",
-                fix="deploy/cluster.sh up, or prefect --no-prompt deploy --all",
-            ) from None
-        return UUID(str(created.id))
+        began, once = time.monotonic(), uuid.uuid4().hex
+        while not self._closed:
+            try:
+                created: Any = run_deployment(
+                    DEPLOYMENT,
+                    parameters=parameters,
+                    flow_run_name=title,
+                    work_queue_name=self._queue,
+                    timeout=0,
+                    idempotency_key=once,  # a request that is repeated must not make a second run
+                )
+                return UUID(str(created.id))
+            except ObjectNotFound:
+                raise InputError(
+                    f"the server has no deployment {DEPLOYMENT}, which the engine pool needs",
+                    where="engine",
+                    fix="deploy/cluster.sh up, or prefect --no-prompt deploy --all",
+                ) from None
+            except (httpx.TransportError, PrefectHTTPStatusError) as error:
+                if time.monotonic() - began > _SERVER_PATIENCE:
+                    raise ClozelineError(f"the Prefect server does not answer: {error}") from error
+                time.sleep(_POLL_SECONDS)
+        raise RunStopped("the run was stopped")
 
     def _wait(self, title: str, run_id: UUID, progress: Progress) -> FlowRun:
         created = answered = looked = time.monotonic()
         begun = warned = False
+        pending: float | None = None  # since when, by this machine's clock
         with get_client(sync_client=True) as client:
             while True:
                 try:
                     found = client.read_flow_run(run_id)
                     answered = time.monotonic()
-                    if _is_abandoned(client, found):
+                    waits = found.state is not None and found.state.is_pending()
+                    pending = (pending or answered) if waits else None
+                    if pending is not None and _give_up(client, found, answered - pending):
                         raise StageLost(f"the worker that took {title} did not begin it")
+                except ObjectNotFound:
+                    raise ClozelineError(f"the flow run of {title} was deleted") from None
                 except (httpx.TransportError, PrefectHTTPStatusError) as error:
                     if time.monotonic() - answered > _SERVER_PATIENCE:
                         raise ClozelineError(f"the Prefect server does not answer: {error}") from error
@@ -134,35 +152,39 @@ class PoolEngine:
         with self._lock:
             self._closed = True
             running = list(self._running)
-        if not running:
-            return
-        with get_client(sync_client=True) as client:
-            for run_id in running:
-                with suppress(httpx.HTTPError, PrefectHTTPStatusError, ObjectNotFound):
-                    state = client.read_flow_run(run_id).state
-                    if state is not None and not state.is_final():
-                        begun = state.is_running() or state.is_pending()
-                        client.set_flow_run_state(run_id, Cancelling() if begun else Cancelled(), force=not begun)
+        for run_id in running:
+            self._cancel(run_id)
+
+    def _cancel(self, run_id: UUID) -> None:
+        with get_client(sync_client=True) as client, suppress(httpx.HTTPError, PrefectHTTPStatusError, ObjectNotFound):
+            state = client.read_flow_run(run_id).state
+            if state is not None and not state.is_final():
+                begun = state.is_running() or state.is_pending()
+                client.set_flow_run_state(run_id, Cancelling() if begun else Cancelled(), force=not begun)
 
 
-def _is_abandoned(client: SyncPrefectClient, run: FlowRun) -> bool:
-    """Whether a worker took a run and never began it; such a run is marked as crashed.
+def _give_up(client: SyncPrefectClient, run: FlowRun, pending: float) -> bool:
+    """Mark a run that a worker took and never began as crashed; returns whether that was long enough ago.
 
     It would count against the pool's limit for ever, and keep a device idle.
     """
-    if run.state is None or not run.state.is_pending() or run.work_pool_name is None:
+    if run.work_pool_name is None:
         return False
-    patience = _HANDOVER_PATIENCE.get(client.read_work_pool(run.work_pool_name).type, _SLOW_HANDOVER_PATIENCE)
-    pending = (datetime.now(UTC) - run.state.timestamp).total_seconds()
-    if pending > patience:
-        crashed = Crashed(message=f"no worker began it in the {pending:.0f} s since one took it")
-        client.set_flow_run_state(run.id, crashed, force=True)
-    return pending > patience
+    kind = client.read_work_pool(run.work_pool_name).type
+    if pending <= _HANDOVER_PATIENCE.get(kind, _SLOW_HANDOVER_PATIENCE):
+        return False
+    crashed = Crashed(message=f"no worker began it in the {pending:.0f} s since one took it")
+    client.set_flow_run_state(run.id, crashed, force=True)
+    return True
 
 
 def _sweep_abandoned(client: SyncPrefectClient) -> None:
-    """Mark the abandoned runs of all, also of those whose parents died with their workers."""
+    """Give up the pending runs of all, also of those whose parents died with their workers.
+
+    Nobody watched these from here, so that it takes two machines' clocks; they are given three times as long.
+    """
     pending = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING]))
     stages = FlowFilter(name=FlowFilterName(any_=[DEPLOYMENT.split("/")[0]]))
     for run in client.read_flow_runs(flow_filter=stages, flow_run_filter=FlowRunFilter(state=pending)):
-        _is_abandoned(client, run)
+        if run.state is not None:
+            _give_up(client, run, (datetime.now(UTC) - run.state.timestamp).total_seconds() / 3)

@@ -13,7 +13,7 @@ from flows.progress import ProgressArtifact
 from flows.storage import use_storage_block
 from flows.worker import end_with_worker
 from pipeline.engines.remote import run_here
-from pipeline.worker import StageProcess
+from pipeline.errors import ClozelineError
 
 
 @flow(name="stage", flow_run_name="{title}", description=__doc__)
@@ -29,9 +29,11 @@ def stage(
         text. Both are for `flows.pool`: a state travels through the server alone, wherever results are kept.
     """
     end_with_worker()
-    use_storage_block(storage_block)
-    with StageProcess() as process:
-        outcome = run_here(requests, ProgressArtifact(title, requests[0]["key"]), process)
+    try:
+        use_storage_block(storage_block)
+        outcome = run_here(requests, ProgressArtifact(title, requests[0]["key"]))
+    except ClozelineError as error:
+        return Failed(name=type(error).__name__, message=str(error))
     if "error" in outcome:
         kind, message = outcome["error"]
         return Failed(name=kind, message=message)

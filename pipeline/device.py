@@ -76,7 +76,16 @@ def device_name() -> str | None:
     """What this process's device is called on this machine, or None where processes share the CPU."""
     if Settings().device is not None:
         return Settings().device
-    return f"cuda-{visible_cuda_devices()[0]}" if cuda_devices() else None
+    return f"cuda-{_first_cuda_uuid() or visible_cuda_devices()[0]}" if cuda_devices() else None
+
+
+@functools.cache
+def _first_cuda_uuid() -> str | None:
+    """The UUID of the first visible device: an index, or CUDA_VISIBLE_DEVICES, may name one device in several ways."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, uuid = ctypes.c_int(0), (ctypes.c_ubyte * 16)()
+    found = driver.cuDeviceGet(ctypes.byref(device), 0) == 0 and driver.cuDeviceGetUuid(uuid, device) == 0
+    return bytes(uuid).hex() if found else None
 
 
 @contextmanager

@@ -11,6 +11,7 @@ outlive its parent: the kernel kills it when the other end of its life line clos
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import queue
@@ -24,6 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from pipeline.device import hold_device
@@ -55,6 +57,7 @@ _NO_MEMORY = (
     "can't allocate memory",
     "not enough memory",
     "out of memory",
+    "ALLOC_FAILED",  # cuBLAS and cuDNN
 )
 
 
@@ -77,6 +80,7 @@ class StageProcess:
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         self._stopped = False
+        self._oom_kills = _oom_kills()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._life: int | None
         life_line, self._life = os.pipe()
@@ -183,7 +187,8 @@ class StageProcess:
             return RunStopped(f"the run was stopped during {request['title']}")
         self._errors.seek(0)
         tail = self._errors.read().decode(errors="replace")[-2000:]
-        kind = OutOfMemory if any(sign in tail for sign in _NO_MEMORY) else StageLost
+        for_memory = code == -signal.SIGKILL and _oom_kills() > self._oom_kills
+        kind = OutOfMemory if for_memory or any(sign in tail for sign in _NO_MEMORY) else StageLost
         return kind(f"the process that ran {request['title']} went away (exit status {code})\n{tail}".rstrip())
 
     def stop(self) -> None:
@@ -194,6 +199,16 @@ class StageProcess:
         if self._life is not None:
             os.close(self._life)
             self._life = None
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has killed for their memory, in this container or on this machine."""
+    for file in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+        with suppress(OSError):
+            counts = dict(line.split() for line in Path(file).read_text().splitlines())
+            if "oom_kill" in counts:
+                return int(counts["oom_kill"])
+    return 0
 
 
 def _die_with_parent() -> None:
@@ -248,9 +263,15 @@ def _serve() -> None:
 
         @contextmanager
         def building(request: Mapping[str, Any] = request) -> Iterator[None]:
-            with hold_device() if request.get("on_device") else nullcontext():
+            on_device = request.get("on_device")
+            with hold_device() if on_device else nullcontext():
                 say(event="building")
-                yield
+                try:
+                    yield
+                finally:
+                    if on_device and torch.cuda.is_available():  # the device is another process's turn next
+                        gc.collect()  # models hold reference cycles
+                        torch.cuda.empty_cache()
 
         try:
             import torch
@@ -264,8 +285,6 @@ def _serve() -> None:
             transformers.logging.set_verbosity_error()
             batching.set_batch_share(request.get("batch_share", 1.0))
             artifact, built = run_stage(request, progress, building)
-            if request.get("on_device") and torch.cuda.is_available():
-                torch.cuda.empty_cache()  # the device is another process's turn next
             say(event="done", result={"seconds": artifact.seconds, "built": built})
         except InputError as error:
             say(event="input-error", problem=error.problem, where=error.where, fix=error.fix)

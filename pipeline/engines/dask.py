@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from pipeline.engines import Progress, Request
@@ -18,24 +20,23 @@ def _run(requests: Sequence[Request], topic: str, stop: str) -> dict[str, Any]:
     from distributed import Event, get_client, get_worker
 
     worker, client = get_worker(), get_client()
-    with StageProcess() as process:
-        over = threading.Event()
+    over = threading.Event()
 
-        def watch() -> None:
-            # A task that has begun can't be cancelled from outside: it asks whether it should go on.
-            asked = Event(stop, client=client)
-            while not over.is_set():
-                if asked.wait(timeout=1):
-                    process.stop()
-                    return
+    def watch(process: StageProcess) -> None:
+        # A task that has begun can't be cancelled from outside: it asks whether it should go on.
+        asked = Event(stop, client=client)
+        while not over.is_set():
+            if asked.wait(timeout=1):
+                process.stop()
+                return
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            return run_here(requests, lambda done, total: worker.log_event(topic, [done, total]), process)
-        finally:
-            over.set()
-            watcher.join()
+    def began(process: StageProcess) -> None:
+        threading.Thread(target=watch, args=(process,), daemon=True).start()
+
+    try:
+        return run_here(requests, lambda done, total: worker.log_event(topic, [done, total]), began)
+    finally:
+        over.set()
 
 
 class DaskEngine:
@@ -44,6 +45,8 @@ class DaskEngine:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._client: Any = None
+        self._cluster: Any = None
+        self._waiting: set[queue.SimpleQueue[Any]] = set()
         self._stop = f"clozeline-stop-{uuid.uuid4().hex}"
         self._closed = False
 
@@ -59,7 +62,6 @@ class DaskEngine:
                         "the engine dask needs Dask", where="engine", fix="pip install 'clozeline[dask]'"
                     ) from None
                 address = Settings().dask_address
-                self._cluster = None
                 if address is None:
                     self._cluster = LocalCluster(
                         n_workers=LANES, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
@@ -75,7 +77,9 @@ class DaskEngine:
         from distributed import CancelledError, KilledWorker
 
         topic = f"clozeline-{uuid.uuid4().hex}"
-        client.subscribe_topic(topic, lambda event: progress(*event[1]))
+        # Events come on the client's event loop, which must not wait for whoever watches the progress.
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        client.subscribe_topic(topic, lambda event: events.put(event[1]))
         try:
             future = client.submit(
                 _run,
@@ -87,12 +91,19 @@ class DaskEngine:
                 retries=0,
                 pure=False,
             )
+            future.add_done_callback(lambda _: events.put(None))
+            self._waiting.add(events)
+            while (event := events.get()) is not None:
+                progress(*event)
+            if self._closed:
+                raise RunStopped(f"the run was stopped during {title}")
             return results_of(future.result())
         except (CancelledError, KilledWorker, OSError) as error:
             if self._closed:
                 raise RunStopped(f"the run was stopped during {title}") from None
             raise StageLost(f"Dask lost {title}: {error}") from error
         finally:
+            self._waiting.discard(events)
             if not self._closed:
                 client.unsubscribe_topic(topic)
 
@@ -100,11 +111,13 @@ class DaskEngine:
         """Stop what runs; workers that were started here end."""
         with self._lock:
             self._closed = True
-            if self._client is None:
-                return
-        from distributed import Event
+        with suppress(Exception):  # the scheduler may be what is gone
+            if self._client is not None:
+                from distributed import Event
 
-        Event(self._stop, client=self._client).set()
-        self._client.close()
+                Event(self._stop, client=self._client).set()
+                self._client.close()
+        for events in list(self._waiting):
+            events.put(None)
         if self._cluster is not None:
             self._cluster.close()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pipeline.engines import Progress, Request
 from pipeline.engines.remote import results_of, run_here
-from pipeline.errors import InputError, RunStopped, StageLost
+from pipeline.errors import InputError, RunStopped, StageFailed, StageLost
 from pipeline.settings import Settings
-from pipeline.worker import CORES, LANES, StageProcess
+from pipeline.worker import CORES, LANES
 
 
 def _run(requests: Sequence[Request]) -> Iterator[Any]:
@@ -20,8 +22,7 @@ def _run(requests: Sequence[Request]) -> Iterator[Any]:
     events: queue.Queue[Any] = queue.Queue()
 
     def work() -> None:
-        with StageProcess() as process:
-            events.put(run_here(requests, lambda done, total: events.put((done, total)), process))
+        events.put(run_here(requests, lambda done, total: events.put((done, total))))
 
     threading.Thread(target=work, daemon=True).start()
     while True:
@@ -45,6 +46,8 @@ class RayEngine:
             if self._closed:
                 raise RunStopped("the run was stopped")
             if self._task is None:
+                # A call that comes after the end must fail, not start another cluster by itself.
+                os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
                 try:
                     import ray
                 except ImportError:
@@ -79,6 +82,8 @@ class RayEngine:
                 if isinstance(event, dict):
                     return results_of(event)
                 progress(*event)
+        except ray.exceptions.RayTaskError as error:  # the task could not even begin there
+            raise StageFailed(f"{title} failed on Ray: {error}") from error
         except ray.exceptions.RayError as error:
             if self._closed:
                 raise RunStopped(f"the run was stopped during {title}") from None
@@ -95,6 +100,7 @@ class RayEngine:
                 return
         import ray
 
-        for events in list(self._running):
-            ray.cancel(events, force=True)
+        with suppress(Exception):  # the cluster may be what is gone
+            for events in list(self._running):
+                ray.cancel(events, force=True)
         ray.shutdown()

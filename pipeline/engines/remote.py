@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.engines import Progress, Request, in_turn
-from pipeline.errors import ClozelineError, rebuilt
+from pipeline.errors import ClozelineError, StageFailed, rebuilt
 from pipeline.worker import StageProcess
 
 
-def run_here(requests: Sequence[Request], progress: Progress, process: StageProcess) -> dict[str, Any]:
+def run_here(
+    requests: Sequence[Request], progress: Progress, began: Callable[[StageProcess], None] = lambda process: None
+) -> dict[str, Any]:
     """Run requests in a stage process of this machine.
+
+    Args:
+        requests: one for each stage.
+        progress: called with work done and work in all.
+        began: given the process, for whoever may have to stop it.
 
     Returns:
         ``results``, or ``error`` with the kind and the text: plain JSON, so that it needs no class at the other end.
     """
     try:
-        return {"results": in_turn(process.run, requests, progress)}
+        with StageProcess() as process:
+            began(process)
+            return {"results": in_turn(process.run, requests, progress)}
     except ClozelineError as error:
         return {"error": [type(error).__name__, str(error)]}
+    except OSError as error:  # no process could be started
+        return {"error": [StageFailed.__name__, f"{type(error).__name__}: {error}"]}
 
 
 def results_of(outcome: dict[str, Any]) -> list[dict[str, Any]]:

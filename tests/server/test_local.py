@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -121,7 +122,9 @@ def test_stage_out_of_memory_is_tried_again_in_half_batches(machine: Machine, ti
     lengthen(Path(path).parent / "labelled.parquet")
     free = machine.start("run", path, "--json", "--set", "training.batch_size=8")
     taken = 0
+    until = time.monotonic() + 200
     while free.poll() is None:
+        assert time.monotonic() < until
         for worker in workers(psutil.Process(free.pid)):
             try:
                 status = Path(f"/proc/{worker.pid}/status").read_text()
@@ -147,8 +150,9 @@ def test_engine_gives_the_same_bytes_and_is_not_started_for_what_is_cached(
     path = str(tiny_task(changes=SMALL))
     calm = Machine(tmp_path / "calm", prefect_home).summary(path)
     # Ray keeps its sockets below a path that must be short.
-    machine.environment["RAY_TMPDIR"] = f"/tmp/ray-{os.getpid()}"
-    found = machine.summary(path, "--engine", engine)
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as short:
+        machine.environment["RAY_TMPDIR"] = short
+        found = machine.summary(path, "--engine", engine)
     assert "fit p0" in found["executed"]
     assert bytes_of(found["release"]) == bytes_of(calm["release"])
     machine.wait_until_nothing_runs()

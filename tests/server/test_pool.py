@@ -44,9 +44,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One server, one cpu worker and two workers that stand for GPUs, for all tests of this file."""
     home = tmp_path_factory.mktemp("home")
     one = Cluster(home, CLOZELINE_SILENCE="75")
-    one("up")
-    yield one
-    one("down")
+    try:
+        one("up")
+        yield one
+    finally:
+        one("down")
     assert marked(home) == []
 
 
