@@ -43,6 +43,7 @@ from pipeline.settings import Settings
 
 Progress = Callable[[int, int], None]
 _PROGRESS_SECONDS = 0.2
+_ALIVE_SECONDS = 30.0
 _LIFE_LINE = "CLOZELINE_LIFE_LINE"
 CORES = len(os.sched_getaffinity(0))
 # Without a GPU two stages run side by side, and a fit gets half of the cores: its batches are too small to keep
@@ -156,11 +157,12 @@ class StageProcess:
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        # Waiting for another run's stage, or for a device, is no sign of hanging: the clock starts with the work.
-        patience: float | None = None
+        # While it waits for another run's stage, or for a device, a sign of life is enough; once it works, progress is.
+        patience, working = Settings().stage_timeout, False
+        deadline = time.monotonic() + patience
         while True:
             try:
-                line = self._events.get(timeout=patience)
+                line = self._events.get(timeout=max(deadline - time.monotonic(), 0))
             except queue.Empty:
                 raise StageHung(
                     f"{request['title']} made no progress for {patience:.0f} s and was stopped; "
@@ -169,8 +171,12 @@ class StageProcess:
             if line is None:
                 raise self._lost(request)
             event = json.loads(line)
+            if event["event"] != "alive" or not working:
+                deadline = time.monotonic() + patience
+            if event["event"] == "alive":
+                continue
             if event["event"] == "building":
-                patience = Settings().stage_timeout
+                working = True
                 progress(0, 1)
             elif event["event"] == "progress":
                 progress(event["done"], event["total"])
@@ -247,8 +253,18 @@ def _serve() -> None:
     if memory is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory * 2**20, memory * 2**20))
 
+    turn = threading.Lock()
+
     def say(**event: Any) -> None:
-        events.write(json.dumps(event) + "\n")
+        with turn:
+            events.write(json.dumps(event) + "\n")
+
+    def live() -> None:
+        while True:
+            say(event="alive")
+            time.sleep(min(Settings().stage_timeout / 4, _ALIVE_SECONDS))
+
+    threading.Thread(target=live, daemon=True).start()
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -104,7 +104,7 @@ def test_stage_that_hangs_is_killed_and_tried_again(
 ) -> None:
     path = str(tiny_task(changes={**SMALL, "training": {"steps": 60}}))
     calm = Machine(tmp_path / "calm", prefect_home).summary(path)
-    machine.environment["CLOZELINE_STAGE_TIMEOUT"] = "5"
+    machine.environment["CLOZELINE_STAGE_TIMEOUT"] = "8"
     process = machine.start("run", path, "--json")
     wait_for_fit(machine)
     stopped = workers(psutil.Process(process.pid))
