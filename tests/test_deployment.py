@@ -104,6 +104,7 @@ def server(tmp_path: Path) -> Iterator[dict[str, str]]:
     process.wait(30)
 
 
+@pytest.mark.server
 @pytest.mark.prefect
 def test_deployment_run_on_a_process_pool_publishes_a_release(
     server: dict[str, str], tiny_task: Callable[..., Path], tmp_path: Path

@@ -109,6 +109,7 @@ def test_run_publishes_and_the_same_command_does_nothing_again(machine: Machine,
     machine.wait_until_nothing_runs()
 
 
+@pytest.mark.server
 def test_run_killed_at_any_moment_ends_with_the_same_bytes(
     machine: Machine, tiny_task: MakeTask, tmp_path: Path, prefect_home: Path
 ) -> None:

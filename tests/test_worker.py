@@ -156,6 +156,7 @@ def lengthen(file: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{**row, "text": row["text"] + " good bad" * 40} for row in rows]), file)
 
 
+@pytest.mark.server
 def test_stage_out_of_memory_is_told_and_fits_with_smaller_batches(
     request_of_fit: Any, tiny_task: MakeTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
