@@ -499,8 +499,8 @@ def run_stage(
         with building():
             started = time.time()
             meta = STAGES[request["stage"]](job)
-        # Where and in which pieces it was computed; waiting for a device is no part of its time.
-        record.update(started=started, seconds=round(time.time() - started, 3), batch_share=batch_share())
+            seconds = time.time() - started  # while the device is held: waiting for it is no part of the time
+        record.update(started=started, seconds=round(seconds, 3), batch_share=batch_share())
         if request.get("on_device"):
             record["device"] = device_name()
         return meta

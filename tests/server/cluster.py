@@ -58,21 +58,27 @@ class Cluster:
 
     def ask(self, path: str, body: Any = None) -> Any:
         """Read from the server: GET, or POST with a body; with a CSRF token."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         with httpx.Client(base_url=self.api, timeout=30) as client:
             while True:
-                if body is None:
-                    answer = client.get(path)
-                else:
-                    token = client.get("/csrf-token", params={"client": "test"}).json()["token"]
-                    headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
-                    answer = client.post(path, json=body, headers=headers)
-                # SQLite was locked; Prefect's own client asks again, too.
-                if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > until:
-                    break
+                # A busy server is slow to answer, or its SQLite is locked; Prefect's own client asks again, too.
+                try:
+                    answer = self._answer(client, path, body)
+                    if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > until:
+                        break
+                except httpx.TransportError:
+                    if time.monotonic() > until:
+                        raise
                 time.sleep(0.5)
         answer.raise_for_status()
         return answer.json()
+
+    def _answer(self, client: httpx.Client, path: str, body: Any) -> httpx.Response:
+        if body is None:
+            return client.get(path)
+        token = client.get("/csrf-token", params={"client": "test"}).json()["token"]
+        headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
+        return client.post(path, json=body, headers=headers)
 
     def queues(self, pool: str) -> dict[str, int]:
         """The priorities of a pool's queues."""
