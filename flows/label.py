@@ -127,7 +127,7 @@ def label(
             store.record_release(loaded.name, release, published.name, references)
     summary = {
         **artifact.meta,
-        "release": str(published.path),
+        "release": published.path,
         "new": published.new,
         "warnings": [*warnings, *_left_out(plan, store)],
         "executed": executed,

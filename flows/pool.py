@@ -94,7 +94,7 @@ class PoolEngine:
         raise RunStopped("the run was stopped")
 
     def _wait(self, title: str, run_id: UUID, progress: Progress) -> FlowRun:
-        created = answered = looked = time.monotonic()
+        answered = looked = time.monotonic()
         begun = warned = False
         pending: float | None = None  # since when, by this machine's clock
         with get_client(sync_client=True) as client:
@@ -123,14 +123,14 @@ class PoolEngine:
                     looked = time.monotonic()
                     with suppress(httpx.TransportError, PrefectHTTPStatusError):
                         _sweep_abandoned(client)
-                if not begun and not warned and time.monotonic() - created > _WORKER_PATIENCE:
-                    warned = True
-                    get_run_logger().warning(
-                        "no worker has taken %r for %.0f s: all are busy, or none runs "
-                        "(prefect worker start --pool gpu)",
-                        title,
-                        _WORKER_PATIENCE,
-                    )
+                    if not warned:
+                        warned = True
+                        get_run_logger().warning(
+                            "no worker has taken %r for %.0f s: all are busy, or none runs "
+                            "(prefect worker start --pool gpu)",
+                            title,
+                            _WORKER_PATIENCE,
+                        )
                 time.sleep(_POLL_SECONDS)
 
     def _results(self, title: str, run: FlowRun) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +245,34 @@ def tiny_task(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
         return write_tiny_task(tmp_path / folder, tiny_model, changes, **rows)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def s3_environment() -> Iterator[dict[str, str]]:
+    """An S3 server over HTTP, for the tests of a file; the variables by which clients find it."""
+    from tests.s3_server import s3_server
+
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def s3_url(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A URL with nothing below it, on the S3 server that this process and its children then use."""
+    from tests.s3_server import use_s3
+
+    return use_s3(monkeypatch, s3_environment, tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefect's own directory, shared by the tests of a file: making its database takes seconds."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture
+def machine(tmp_path: Path, prefect_home: Path) -> Any:
+    """A `tests.machine.Machine` below the test's directory."""
+    from tests.machine import Machine
+
+    return Machine(tmp_path / "home", prefect_home)

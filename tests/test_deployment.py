@@ -6,10 +6,8 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+
+from tests.prefect_server import prefect_server
 
 ROOT = Path(__file__).resolve().parent.parent
 KNOWN = {
@@ -77,31 +77,9 @@ def test_every_parameter_is_shown_with_a_title_and_a_description_in_its_order() 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[dict[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PREFECT_HOME": str(tmp_path / "prefect"),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "CLOZELINE_HOME": str(tmp_path / "home"),
-    }
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 90
-    while True:
-        try:
-            if httpx.get(f"{environment['PREFECT_API_URL']}/health").status_code == 200:
-                break
-        except httpx.HTTPError:
-            pass
-        assert time.monotonic() < until
-        time.sleep(0.2)
-    yield environment
-    process.send_signal(signal.SIGTERM)
-    process.wait(30)
+    variables = {"PREFECT_WORKER_QUERY_SECONDS": "1", "CLOZELINE_HOME": str(tmp_path / "home")}
+    with prefect_server(tmp_path / "prefect", **variables) as environment:
+        yield environment
 
 
 @pytest.mark.server

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.locations import masked
+from tests.prefect_server import prefect_server
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSWORD = "user:secret"
@@ -30,34 +31,15 @@ PASSWORD = "user:secret"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A server with a password and CSRF protection; the variables of a client that knows them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+    variables = {
         "PREFECT_API_AUTH_STRING": PASSWORD,
         "PREFECT_SERVER_API_AUTH_STRING": PASSWORD,
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_ENABLED": "false",
         "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "0.2",
     }
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 90
-    while True:
-        try:
-            if httpx.get(f"{environment['PREFECT_API_URL']}/health").status_code == 200:
-                break
-        except httpx.HTTPError:
-            pass
-        assert time.monotonic() < until
-        time.sleep(0.2)
-    yield environment
-    process.send_signal(signal.SIGTERM)
-    process.wait(30)
+    with prefect_server(tmp_path_factory.mktemp("prefect"), **variables) as environment:
+        yield environment
 
 
 @pytest.fixture

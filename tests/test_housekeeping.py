@@ -22,22 +22,15 @@ from pipeline.housekeeping import collect, disk_use, list_artifacts, plan_gc
 from pipeline.leases import lease, locked
 from pipeline.remote_store import RemoteStore
 from pipeline.store import Store, key_of, open_store
-from tests.s3_server import s3_server, use_s3
 
 Reference = tuple[str, str]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
-
-
 @pytest.fixture(params=["disk", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "disk":
         return open_store(tmp_path / "store")
-    return open_store(use_s3(monkeypatch, request.getfixturevalue("server"), tmp_path / "cache"))
+    return open_store(str(request.getfixturevalue("s3_url")))
 
 
 @pytest.fixture

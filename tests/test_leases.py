@@ -18,23 +18,11 @@ import pytest
 from pipeline import leases, locations
 from pipeline.errors import InputError, LeaseLost
 from pipeline.leases import lease, lock_if_free, locked, wait_until_free
-from tests.s3_server import s3_server, use_s3
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
-
-
-@pytest.fixture
-def url(server: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    return use_s3(monkeypatch, server, tmp_path / "cache")
 
 
 @pytest.fixture(params=["disk", "s3"])
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "locks" / "name") if request.param == "disk" else f"{request.getfixturevalue('url')}/name"
+    return str(tmp_path / "locks" / "name") if request.param == "disk" else f"{request.getfixturevalue('s3_url')}/name"
 
 
 HOLDER = textwrap.dedent("""\
@@ -132,9 +120,9 @@ def test_lease_of_a_killed_holder_is_taken_over(location: str, start_holder: obj
         assert waited > 1.4  # no sooner than the dead holder had stated
 
 
-def test_a_holder_that_lives_keeps_it_for_longer_than_its_time(url: str) -> None:
-    with lease(f"{url}/name", ttl=0.6) as held:
-        other = threading.Thread(target=wait_until_free, args=(f"{url}/name",), daemon=True)
+def test_a_holder_that_lives_keeps_it_for_longer_than_its_time(s3_url: str) -> None:
+    with lease(f"{s3_url}/name", ttl=0.6) as held:
+        other = threading.Thread(target=wait_until_free, args=(f"{s3_url}/name",), daemon=True)
         other.start()
         time.sleep(2)
         held.check()
@@ -143,32 +131,32 @@ def test_a_holder_that_lives_keeps_it_for_longer_than_its_time(url: str) -> None
     assert not other.is_alive()
 
 
-def test_a_holder_that_was_held_up_learns_that_it_lost_it(url: str, start_holder: object) -> None:
-    process = start_holder(f"{url}/name", 0.6)  # type: ignore[operator]
+def test_a_holder_that_was_held_up_learns_that_it_lost_it(s3_url: str, start_holder: object) -> None:
+    process = start_holder(f"{s3_url}/name", 0.6)  # type: ignore[operator]
     os.kill(process.pid, signal.SIGSTOP)
-    with lease(f"{url}/name", ttl=60) as held:
+    with lease(f"{s3_url}/name", ttl=60) as held:
         os.kill(process.pid, signal.SIGCONT)
         out, _ = process.communicate("\n", timeout=30)
         assert out == "lost\n"
         held.check()  # and what the late one does at its end takes nothing from the new one
 
 
-def test_a_dead_holder_that_somebody_waited_for_has_lost_it(url: str, start_holder: object) -> None:
-    process = start_holder(f"{url}/name", 0.6)  # type: ignore[operator]
+def test_a_dead_holder_that_somebody_waited_for_has_lost_it(s3_url: str, start_holder: object) -> None:
+    process = start_holder(f"{s3_url}/name", 0.6)  # type: ignore[operator]
     os.kill(process.pid, signal.SIGSTOP)
-    wait_until_free(f"{url}/name")
+    wait_until_free(f"{s3_url}/name")
     os.kill(process.pid, signal.SIGCONT)
     assert process.communicate("\n", timeout=30)[0] == "lost\n"
 
 
-def test_a_heartbeat_that_is_refused_for_a_while_loses_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with lease(f"{url}/name", ttl=1.5) as held:
+def test_a_heartbeat_that_is_refused_for_a_while_loses_nothing(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lease(f"{s3_url}/name", ttl=1.5) as held:
         with monkeypatch.context() as away:
             away.setattr(leases, "write", _refuse)
             time.sleep(0.7)
-        before = locations.read(f"{url}/name/{1:012d}")
+        before = locations.read(f"{s3_url}/name/{1:012d}")
         time.sleep(0.8)
-        assert locations.read(f"{url}/name/{1:012d}") != before
+        assert locations.read(f"{s3_url}/name/{1:012d}") != before
         held.check()
 
 
@@ -176,24 +164,24 @@ def _refuse(url: str, content: bytes) -> None:
     raise InputError("access was denied", where=url)
 
 
-def test_who_fills_a_gap_behind_the_end_of_the_chain_holds_nothing(url: str) -> None:
-    with lease(f"{url}/name"):
+def test_who_fills_a_gap_behind_the_end_of_the_chain_holds_nothing(s3_url: str) -> None:
+    with lease(f"{s3_url}/name"):
         pass
-    with lease(f"{url}/name"):
+    with lease(f"{s3_url}/name"):
         pass
-    [newest] = locations.entries(f"{url}/name")
+    [newest] = locations.entries(f"{s3_url}/name")
     assert int(newest) == 2  # earlier links are gone, the last one stays
 
-    locations.write(f"{url}/name/{9:012d}", locations.read(f"{url}/name/{newest}") or b"")
-    with lease(f"{url}/name") as held:
+    locations.write(f"{s3_url}/name/{9:012d}", locations.read(f"{s3_url}/name/{newest}") or b"")
+    with lease(f"{s3_url}/name") as held:
         held.check()
-    assert [int(name) for name in locations.entries(f"{url}/name")] == [10]
+    assert [int(name) for name in locations.entries(f"{s3_url}/name")] == [10]
 
 
-def test_check_fails_once_another_has_taken_over(url: str) -> None:
-    with lease(f"{url}/name", ttl=60) as held:
+def test_check_fails_once_another_has_taken_over(s3_url: str) -> None:
+    with lease(f"{s3_url}/name", ttl=60) as held:
         held.check()
-        locations.write(f"{url}/name/{2:012d}", b"{}")
+        locations.write(f"{s3_url}/name/{2:012d}", b"{}")
         with pytest.raises(LeaseLost, match="was taken over by another process"):
             held.check()
 
@@ -232,25 +220,25 @@ def test_shared_holders_keep_an_exclusive_one_out(tmp_path: Path) -> None:
         assert free
 
 
-def test_of_many_conditional_puts_exactly_one_wins(url: str) -> None:
+def test_of_many_conditional_puts_exactly_one_wins(s3_url: str) -> None:
     def put(number: int) -> bool:
-        return locations.put_if_absent(f"{url}/one", f"writer {number}".encode())
+        return locations.put_if_absent(f"{s3_url}/one", f"writer {number}".encode())
 
     with ThreadPoolExecutor(16) as pool:
         won = list(pool.map(put, range(48)))
     assert won.count(True) == 1
-    assert locations.read(f"{url}/one") == f"writer {won.index(True)}".encode()
+    assert locations.read(f"{s3_url}/one") == f"writer {won.index(True)}".encode()
     assert put(won.index(True))  # an answer that was lost on the way is given again
     assert not put(99)
 
 
-def test_of_many_processes_conditional_puts_exactly_one_wins(url: str) -> None:
+def test_of_many_processes_conditional_puts_exactly_one_wins(s3_url: str) -> None:
     code = textwrap.dedent("""\
         import sys
         from pipeline.locations import put_if_absent
         print([put_if_absent(f"{sys.argv[1]}/{i}", sys.argv[2].encode()) for i in range(40)].count(True))
         """)
-    command = [sys.executable, "-c", code, url]
+    command = [sys.executable, "-c", code, s3_url]
     processes = [
         subprocess.Popen([*command, f"process {number}"], stdout=subprocess.PIPE, text=True) for number in range(3)
     ]

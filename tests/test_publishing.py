@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,13 @@ from pipeline.errors import InputError
 from pipeline.publishing import Published, latest_manifest, publish, release_lease, release_path
 from pipeline.store import Artifact, Store, key_of
 from pipeline.task import Task
-from tests.s3_server import s3_server, use_s3
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
 
 
 @pytest.fixture(params=["disk", "s3"])
-def release(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def release(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "disk":
         return str(tmp_path / "releases")
-    return use_s3(monkeypatch, request.getfixturevalue("server"), tmp_path / "cache") + "/releases"
+    return str(request.getfixturevalue("s3_url")) + "/releases"
 
 
 @pytest.fixture
@@ -174,7 +167,7 @@ def test_a_run_that_holds_the_release_can_publish_and_a_second_one_waits(
 
 
 def test_a_release_that_cannot_be_written_is_the_users_to_fix(
-    tmp_path: Path, artifact: Callable[[str], Artifact], server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, artifact: Callable[[str], Artifact], request: pytest.FixtureRequest
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="choose another --out"):
@@ -186,7 +179,7 @@ def test_a_release_that_cannot_be_written_is_the_users_to_fix(
         pass
     with pytest.raises(FileNotFoundError), release_lease(str(tmp_path / "releases")):
         raise FileNotFoundError("what happens inside is told as it is")
-    use_s3(monkeypatch, server, tmp_path / "cache")
+    request.getfixturevalue("s3_url")
     with pytest.raises(InputError, match="the bucket does not exist"):
         publish(artifact("one"), "s3://nowhere/releases")
 

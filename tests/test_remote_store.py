@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,26 +29,14 @@ from pipeline.remote_store import RemoteStore
 from pipeline.stages import run_stage
 from pipeline.store import MANIFEST, RUN, Store, key_of, open_store
 from pipeline.task import Task
-from tests.s3_server import s3_server, use_s3
 
 KEY = key_of({"steps": 3})
 HEADER = {"version": 1, "spec": {"steps": 3}, "inputs": {}}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
-
-
 @pytest.fixture
-def url(server: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    return use_s3(monkeypatch, server, tmp_path / "cache")
-
-
-@pytest.fixture
-def store(url: str) -> RemoteStore:
-    opened = open_store(f"{url}/store/")
+def store(s3_url: str) -> RemoteStore:
+    opened = open_store(f"{s3_url}/store/")
     assert isinstance(opened, RemoteStore)
     return opened
 
@@ -374,7 +362,7 @@ class Run:
 
 
 def test_the_main_job_behind_urls_gives_the_bytes_that_it_gives_on_a_disk(
-    tiny_task: Callable[..., Path], url: str, tmp_path: Path
+    tiny_task: Callable[..., Path], s3_url: str, tmp_path: Path
 ) -> None:
     path = tiny_task(changes={"name": "tiny", "inputs": {"unlabelled": "pool/day=*/part.parquet"}})
     for day in ("1", "2"):
@@ -382,20 +370,20 @@ def test_the_main_job_behind_urls_gives_the_bytes_that_it_gives_on_a_disk(
         part.parent.mkdir(parents=True)
         shutil.copy(path.parent / ("unlabelled.parquet" if day == "1" else "test.parquet"), part)
     names = [str(file.relative_to(path.parent)) for file in path.parent.rglob("*") if file.is_file()]
-    transfer.upload_tree(path.parent, names, f"{url}/tasks")
+    transfer.upload_tree(path.parent, names, f"{s3_url}/tasks")
     model = Path(Task.load(path).base_model)
-    transfer.upload_tree(model, [file.name for file in model.iterdir()], f"{url}/models/{model.name}")
-    behind = (locations.read(f"{url}/tasks/task.yaml") or b"").replace(
+    transfer.upload_tree(model, [file.name for file in model.iterdir()], f"{s3_url}/models/{model.name}")
+    behind = (locations.read(f"{s3_url}/tasks/task.yaml") or b"").replace(
         str(model).encode(), f"../models/{model.name}".encode()
     )
-    locations.write(f"{url}/tasks/task.yaml", behind)
+    locations.write(f"{s3_url}/tasks/task.yaml", behind)
 
     here = Run(str(path), str(tmp_path / "store"), str(tmp_path / "releases"))
-    there = Run(f"{url}/tasks/task.yaml", f"{url}/store", f"{url}/releases")
+    there = Run(f"{s3_url}/tasks/task.yaml", f"{s3_url}/store", f"{s3_url}/releases")
     executed = here()
     assert there() == executed
     fit = there.plan().find("fit")[0].request(there.store)
-    assert fit["where"]["base"] == f"{url}/models/{model.name}"
+    assert fit["where"]["base"] == f"{s3_url}/models/{model.name}"
     there.store.discard(fit["stage"], fit["key"])
     shutil.rmtree(tmp_path / "cache")  # another machine
     assert run_stage(fit)[1]

@@ -17,20 +17,13 @@ import pytest
 from pipeline import locations
 from pipeline.errors import InputError, StorageTrouble
 from pipeline.transfer import fetch_file, fetch_tree, upload_tree
-from tests.s3_server import s3_server, use_s3
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
 
 
 @pytest.fixture(params=["memory", "s3"])
-def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+def url(request: pytest.FixtureRequest) -> str:
     if request.param == "memory":
         return f"memory://{uuid.uuid4().hex}"
-    return use_s3(monkeypatch, request.getfixturevalue("server"), tmp_path / "cache")
+    return str(request.getfixturevalue("s3_url"))
 
 
 @pytest.fixture

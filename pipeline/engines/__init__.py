@@ -40,7 +40,9 @@ class Engine(Protocol):
         ...
 
 
-def in_turn(run: Callable[[Request, Progress], dict[str, Any]], requests: Sequence[Request], progress: Progress) -> Any:
+def in_turn(
+    run: Callable[[Request, Progress], dict[str, Any]], requests: Sequence[Request], progress: Progress
+) -> list[dict[str, Any]]:
     """Run requests one behind the other, with the progress of the whole.
 
     Each request counts alike; a single one reports its own steps.

@@ -10,8 +10,8 @@ from contextlib import suppress
 from typing import Any
 
 from pipeline.engines import Progress, Request
-from pipeline.engines.remote import results_of, run_here
-from pipeline.errors import InputError, RunStopped, StageLost
+from pipeline.engines.remote import imported, results_of, run_here
+from pipeline.errors import RunStopped, StageLost
 from pipeline.settings import Settings
 from pipeline.worker import LANES, StageProcess
 
@@ -55,18 +55,13 @@ class DaskEngine:
             if self._closed:
                 raise RunStopped("the run was stopped")
             if self._client is None:
-                try:
-                    from distributed import Client, LocalCluster
-                except ImportError:
-                    raise InputError(
-                        "the engine dask needs Dask", where="engine", fix="pip install 'clozeline[dask]'"
-                    ) from None
+                distributed = imported("distributed", "dask")
                 address = Settings().dask_address
                 if address is None:
-                    self._cluster = LocalCluster(
+                    self._cluster = distributed.LocalCluster(
                         n_workers=LANES, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
                     )
-                self._client = Client(address or self._cluster, set_as_default=False)
+                self._client = distributed.Client(address or self._cluster, set_as_default=False)
                 workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
                 self._resources = {"GPU": 1} if any("GPU" in found["resources"] for found in workers) else None
             return self._client

@@ -37,10 +37,7 @@ class LocalEngine:
     def run(self, title: str, requests: Sequence[Request], progress: Progress) -> list[dict[str, Any]]:
         """See `pipeline.engines.Engine.run`."""
         on_device = any(request["on_device"] for request in requests)
-        results: list[dict[str, Any]] = in_turn(
-            lambda request, part: self._run_one(request, part, on_device), requests, progress
-        )
-        return results
+        return in_turn(lambda request, part: self._run_one(request, part, on_device), requests, progress)
 
     def _run_one(self, request: Request, progress: Progress, on_device: bool) -> dict[str, Any]:
         with self._lease(self._devices if on_device else self._lanes) as process:

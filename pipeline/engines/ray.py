@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 from pipeline.engines import Progress, Request
-from pipeline.engines.remote import results_of, run_here
-from pipeline.errors import InputError, RunStopped, StageFailed, StageLost
+from pipeline.engines.remote import imported, results_of, run_here
+from pipeline.errors import RunStopped, StageFailed, StageLost
 from pipeline.settings import Settings
 from pipeline.worker import CORES, LANES
 
@@ -48,12 +48,7 @@ class RayEngine:
             if self._task is None:
                 # A call that comes after the end must fail, not start another cluster by itself.
                 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-                try:
-                    import ray
-                except ImportError:
-                    raise InputError(
-                        "the engine ray needs Ray", where="engine", fix="pip install 'clozeline[ray]'"
-                    ) from None
+                ray = imported("ray", "ray")
                 address = Settings().ray_address
                 ray.init(
                     address=address or "local",

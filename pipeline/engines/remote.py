@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.engines import Progress, Request, in_turn
-from pipeline.errors import ClozelineError, StageFailed, rebuilt
+from pipeline.errors import ClozelineError, InputError, StageFailed, rebuilt
 from pipeline.worker import StageProcess
 
 
@@ -42,3 +43,17 @@ def results_of(outcome: dict[str, Any]) -> list[dict[str, Any]]:
     if "error" in outcome:
         raise rebuilt(*outcome["error"])
     return list(outcome["results"])
+
+
+def imported(module: str, engine: str) -> Any:
+    """The module that an engine is built on.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InputError(
+            f"the engine {engine} needs {module}", where="engine", fix=f"pip install 'clozeline[{engine}]'"
+        ) from None

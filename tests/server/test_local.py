@@ -12,31 +12,20 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.s3_server import s3_server, use_s3
-from tests.test_flow import Machine, bytes_of
+from tests.machine import Machine, bytes_of
 from tests.test_worker import lengthen
 
 pytestmark = pytest.mark.server
 MakeTask = Callable[..., Path]
 # Each stage that Ray, Dask or S3 sees costs seconds: as few of them as show what is to be shown.
 SMALL: dict[str, Any] = {"annotators": ["{text} It was {mask}."], "inputs": {"test": None}}
-
-
-@pytest.fixture(scope="module")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prefect")
-
-
-@pytest.fixture
-def machine(tmp_path: Path, prefect_home: Path) -> Machine:
-    return Machine(tmp_path / "home", prefect_home)
 
 
 def workers(root: psutil.Process) -> list[psutil.Process]:
@@ -178,12 +167,6 @@ def test_damaged_artifact_rebuilds_that_stage_alone(machine: Machine, tiny_task:
     assert (again["new"], bytes_of(again["release"])) == (False, before)
 
 
-@pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with s3_server() as environment:
-        yield use_s3(monkeypatch, environment, tmp_path / "cache")
-
-
 def on_s3(name: str, url: str, tmp_path: Path) -> Machine:
     """A machine with a home, a Prefect and a cache of its own, whose store lies behind a URL."""
     (tmp_path / name / "prefect").mkdir(parents=True)
@@ -204,36 +187,36 @@ def files_behind(url: str) -> dict[str, bytes]:
 
 
 def test_two_machines_on_one_store_behind_a_url_build_each_stage_once(
-    s3: str, machine: Machine, tiny_task: MakeTask, tmp_path: Path
+    s3_url: str, machine: Machine, tiny_task: MakeTask, tmp_path: Path
 ) -> None:
     path = str(tiny_task(changes={**SMALL, "training": {"steps": 30}}))
     calm = machine.summary(path)
-    machines = [on_s3(name, s3, tmp_path) for name in ("one", "two")]
+    machines = [on_s3(name, s3_url, tmp_path) for name in ("one", "two")]
     # Each with a release of its own: it is the stages that they share.
-    running = [m.start("run", path, "--json", "--out", f"{s3}/release-{i}") for i, m in enumerate(machines)]
+    running = [m.start("run", path, "--json", "--out", f"{s3_url}/release-{i}") for i, m in enumerate(machines)]
     ended = [process.communicate(timeout=280) for process in running]
     assert [process.returncode for process in running] == [0, 0], ended
     executed = [title for out, _ in ended for title in json.loads(out)["executed"]]
     assert len(executed) == len(set(executed)) == len(calm["executed"])
     for i in range(2):
-        assert files_behind(f"{s3}/release-{i}") == bytes_of(calm["release"])
+        assert files_behind(f"{s3_url}/release-{i}") == bytes_of(calm["release"])
 
 
 def test_killed_with_a_store_behind_a_url_the_same_command_finishes_it(
-    s3: str, machine: Machine, tiny_task: MakeTask, tmp_path: Path
+    s3_url: str, machine: Machine, tiny_task: MakeTask, tmp_path: Path
 ) -> None:
     path = str(tiny_task(changes={**SMALL, "training": {"steps": 30}}))
     calm = machine.summary(path)
-    draw, killed = random.Random(5), on_s3("killed", s3, tmp_path)
+    draw, killed = random.Random(5), on_s3("killed", s3_url, tmp_path)
     for _ in range(4):
-        process = killed.start("run", path, "--out", f"{s3}/release")
+        process = killed.start("run", path, "--out", f"{s3_url}/release")
         time.sleep(draw.uniform(3, 12))
         process.kill()
         process.communicate()
         killed.wait_until_nothing_runs()
-    fresh = on_s3("fresh", s3, tmp_path)  # another machine, which has nothing of it
-    summary = fresh.summary(path, "--out", f"{s3}/release")
-    assert files_behind(f"{s3}/release") == bytes_of(calm["release"])
+    fresh = on_s3("fresh", s3_url, tmp_path)  # another machine, which has nothing of it
+    summary = fresh.summary(path, "--out", f"{s3_url}/release")
+    assert files_behind(f"{s3_url}/release") == bytes_of(calm["release"])
     assert Path(summary["release"]).name == Path(calm["release"]).name
 
 
@@ -253,8 +236,10 @@ WITH_BLOCK = textwrap.dedent("""\
     """)
 
 
-def test_credentials_come_from_a_block_and_are_in_no_parameter(s3: str, tiny_task: MakeTask, tmp_path: Path) -> None:
-    path, machine = str(tiny_task(changes=SMALL)), on_s3("block", s3, tmp_path)
+def test_credentials_come_from_a_block_and_are_in_no_parameter(
+    s3_url: str, tiny_task: MakeTask, tmp_path: Path
+) -> None:
+    path, machine = str(tiny_task(changes=SMALL)), on_s3("block", s3_url, tmp_path)
     environment = {name: value for name, value in machine.environment.items() if not name.startswith("AWS_")}
     settings: dict[str, Any] = {
         "key": os.environ["AWS_ACCESS_KEY_ID"],
@@ -262,7 +247,7 @@ def test_credentials_come_from_a_block_and_are_in_no_parameter(s3: str, tiny_tas
         "client_kwargs": {"endpoint_url": os.environ["AWS_ENDPOINT_URL"], "region_name": "us-east-1"},
     }
     done = subprocess.run(
-        [sys.executable, "-c", WITH_BLOCK, path, f"{s3}/release"],
+        [sys.executable, "-c", WITH_BLOCK, path, f"{s3_url}/release"],
         input=json.dumps(settings),
         env=environment,
         capture_output=True,
@@ -271,7 +256,7 @@ def test_credentials_come_from_a_block_and_are_in_no_parameter(s3: str, tiny_tas
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().startswith(f"{s3}/release/versions/")
+    assert done.stdout.strip().startswith(f"{s3_url}/release/versions/")
     assert "a-secret-of-the-block" not in done.stdout + done.stderr
     database = tmp_path / "block" / "prefect" / "prefect.db"
     assert database.is_file()
