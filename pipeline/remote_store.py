@@ -97,7 +97,8 @@ class RemoteStore(Store):
                 temporary.mkdir(parents=True)
                 try:
                     try:
-                        transfer.fetch_files(source, artifact.manifest["files"], temporary)
+                        files = artifact.manifest["files"]
+                        transfer.fetch_files(source, {name: files[name]["bytes"] for name in files}, temporary)
                     except FileNotFoundError as error:
                         raise StoreDamaged(f"a file below {source} is gone") from error
                     try:

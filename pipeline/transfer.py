@@ -10,13 +10,15 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, StorageTrouble
 from pipeline.locations import AT_ONCE, Entry, entries, entry_of, filesystem, join, local_path, translated
+
+_TRIES = 3
 
 
 def fetch_file(url: str, cache: Path) -> Path:
@@ -36,7 +38,7 @@ def fetch_file(url: str, cache: Path) -> Path:
     if here is not None:
         return here
     fs, path = filesystem(url)
-    for _ in range(3):
+    for _ in range(_TRIES):
         before = look_at(url)
         target = _cached(cache / "files", f"{url}|{before.bytes}|{before.validator}", path)
         if before.validator and target.is_file() and target.stat().st_size == before.bytes:
@@ -70,30 +72,42 @@ def _cached(cache: Path, identity: str, path: str) -> Path:
     return cache.joinpath(hashlib.sha256(identity.encode()).hexdigest()[:32], *parts)
 
 
-def _download(fs: Any, path: str, target: Path, url: str) -> None:
+def _download(fs: Any, path: str, target: Path, url: str, size: int | None = None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{uuid.uuid4().hex[:8]}.part")
     try:
-        with translated(url):
-            fs.get_file(path, str(temporary))
+        for _ in range(_TRIES):
+            with translated(url):
+                fs.get_file(path, str(temporary))
+            if size is None or temporary.stat().st_size == size:
+                break
+        else:
+            raise StorageTrouble(f"{url} came with {temporary.stat().st_size} bytes instead of {size}")
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def fetch_files(url: str, names: Iterable[str], out: Path) -> None:
+def fetch_files(url: str, sizes: Mapping[str, int], out: Path) -> None:
     """Copy files below a URL into a directory.
+
+    Args:
+        url: what they lie below.
+        sizes: the bytes of each by its name: what came in short is no copy, and would stay in a cache for good.
+        out: the directory.
 
     Raises:
         FileNotFoundError: one of them is not there.
+        StorageTrouble: one came with another size, again and again.
     """
     fs, _ = filesystem(url)
 
     def fetch_one(name: str) -> None:
-        _download(fs, fs._strip_protocol(join(url, name)), out / name, url)
+        source = join(url, name)
+        _download(fs, fs._strip_protocol(source), out / name, source, sizes[name])
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(fetch_one, names))
+        list(pool.map(fetch_one, sizes))
 
 
 def fetch_tree(url: str, cache: Path) -> Path | None:
@@ -113,7 +127,7 @@ def fetch_tree(url: str, cache: Path) -> Path | None:
     temporary = cache / "tmp" / uuid.uuid4().hex
     try:
         try:
-            fetch_files(url, found, temporary)
+            fetch_files(url, {name: entry.bytes for name, entry in found.items()}, temporary)
         except FileNotFoundError as error:
             raise StorageTrouble(f"{url} changed while it was read: {error}") from error
         target.parent.mkdir(parents=True, exist_ok=True)
