@@ -55,5 +55,5 @@ def imported(module: str, engine: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise InputError(
-            f"the engine {engine} needs {module}", where="engine", fix=f"pip install 'clozeline[{engine}]'"
+            f"the engine {engine} needs {engine.capitalize()}", where="engine", fix=f"pip install 'clozeline[{engine}]'"
         ) from None
