@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests wait more than they compute. A file's tests stay together, since they share servers.
+AT_ONCE := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo up down status test test-server lint format clean
@@ -33,15 +35,15 @@ test: install  ## Lint, type-check and run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(AT_ONCE)
 
 # Ray and Dask are large, and only these tests need them.
 $(VENV)/installed-engines: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,ray,dask]'
 	touch $@
 
-test-server: $(VENV)/installed-engines  ## Run what takes a real server, workers and kills (about 20 minutes)
-	$(BIN)/python -m pytest -q -m server --durations=0
+test-server: $(VENV)/installed-engines  ## Run what takes a real server, workers and kills (about 15 minutes)
+	$(BIN)/python -m pytest -q -m server $(AT_ONCE) --durations=0
 
 lint: install  ## Lint and type-check
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Crashed
 
+from flows.leftover import is_gone
 from pipeline.engines import Progress, Request
 from pipeline.errors import ClozelineError, InputError, RunStopped, StageLost, rebuilt
 
@@ -119,11 +120,11 @@ class PoolEngine:
                 if state is not None and state.is_running() and not begun:
                     begun = True
                     progress(0, 1)
-                if not begun and time.monotonic() - looked > _WORKER_PATIENCE:
+                if time.monotonic() - looked > _WORKER_PATIENCE:
                     looked = time.monotonic()
                     with suppress(httpx.TransportError, PrefectHTTPStatusError):
                         _sweep_abandoned(client)
-                    if not warned:
+                    if not begun and not warned:
                         warned = True
                         get_run_logger().warning(
                             "no worker has taken %r for %.0f s: all are busy, or none runs "
@@ -164,15 +165,16 @@ class PoolEngine:
 
 
 def _give_up(client: SyncPrefectClient, run: FlowRun, pending: float) -> bool:
-    """Mark a run that a worker took and never began as crashed; returns whether that was long enough ago.
+    """Mark a run that a worker took and never began as crashed; returns whether that was so.
 
     It would count against the pool's limit for ever, and keep a device idle.
     """
     if run.work_pool_name is None:
         return False
-    kind = client.read_work_pool(run.work_pool_name).type
-    if pending <= _HANDOVER_PATIENCE.get(kind, _SLOW_HANDOVER_PATIENCE):
-        return False
+    if not is_gone(run):
+        kind = client.read_work_pool(run.work_pool_name).type
+        if pending <= _HANDOVER_PATIENCE.get(kind, _SLOW_HANDOVER_PATIENCE):
+            return False
     crashed = Crashed(message=f"no worker began it in the {pending:.0f} s since one took it")
     client.set_flow_run_state(run.id, crashed, force=True)
     return True
