@@ -23,16 +23,14 @@ import yaml
 from prefect.automations import Automation
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed
 from prefect.workers.process import ProcessWorker
 
-from flows.leftover import is_gone
+from flows.leftover import tell_of_gone
 
 PROJECT = Path(__file__).resolve().parent.parent
 POOLS = {
@@ -143,20 +141,9 @@ async def deploy(client: PrefectClient) -> None:
         sys.exit(f"prefect deploy --all failed:\n{done.stdout}{done.stderr}")
 
 
-async def sweep(client: PrefectClient) -> None:
-    """Tell the server of the runs of this machine whose processes are gone: they would count against the limits."""
-    alive = FlowRunFilterState(
-        type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
-    )
-    for run in await client.read_flow_runs(flow_run_filter=FlowRunFilter(state=alive)):
-        if is_gone(run):
-            await client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)
-
-
 async def configure(gpus: int, silence: timedelta) -> None:
     """All of it, on the server that Prefect is configured for."""
     async with get_client() as client:
-        await sweep(client)
         await create_pools(client, gpus)
         await deploy(client)
     await watch_heartbeats(silence)
@@ -170,6 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--silence", type=int, default=300, help="seconds without heartbeats after which a run is taken for dead"
     )
     options: Any = parser.parse_args(arguments)
+    with get_client(sync_client=True) as client:
+        tell_of_gone(client)
     asyncio.run(configure(options.gpus, timedelta(seconds=options.silence)))
 
 

@@ -171,7 +171,7 @@ def _give_up(client: SyncPrefectClient, run: FlowRun, pending: float) -> bool:
     """
     if run.work_pool_name is None:
         return False
-    if not is_gone(run):
+    if not is_gone(client, run):
         kind = client.read_work_pool(run.work_pool_name).type
         if pending <= _HANDOVER_PATIENCE.get(kind, _SLOW_HANDOVER_PATIENCE):
             return False

@@ -1,40 +1,78 @@
-"""Runs whose process is gone."""
+"""Runs whose process is gone, on a real server."""
 
 from __future__ import annotations
 
 import os
-import socket
+import platform
 import subprocess
 import sys
-from uuid import uuid4
+from collections.abc import Iterator
+from uuid import UUID
 
 import pytest
-from prefect.client.schemas.objects import FlowRun
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Running
 
-from flows.leftover import is_gone
+from flows.leftover import tell_of_gone
+from tests.prefect_server import prefect_server
+
+pytestmark = pytest.mark.prefect
+ENDED = 2**22 + 1  # above the highest number that a process can have
 
 
-def run_of(pid: int | str, host: str = socket.gethostname()) -> FlowRun:
-    return FlowRun(id=uuid4(), flow_id=uuid4(), infrastructure_pid=f"{host}:{pid}")
+@flow
+def nothing() -> None:
+    """Never called: it only has runs."""
 
 
-def test_a_run_is_gone_when_its_process_has_ended_and_not_before() -> None:
-    run = run_of(0)
-    environment = {**os.environ, "PREFECT__FLOW_RUN_ID": str(run.id)}
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
+    """Of a server with the pools `here`, whose worker is on this machine, and `several`, which has another's, too."""
+    with prefect_server(tmp_path_factory.mktemp("prefect")) as environment:
+        api = {PREFECT_API_URL: environment["PREFECT_API_URL"]}
+        with temporary_settings(api), get_client(sync_client=True) as one:
+            for pool, machines in (("here", [platform.node()]), ("several", [platform.node(), "elsewhere"])):
+                one.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+                for machine in machines:
+                    one.send_worker_heartbeat(pool, f"{machine}-gpu-0", heartbeat_interval_seconds=30)
+            yield one
+
+
+def state_after(client: SyncPrefectClient, run: UUID, pid: int | str | None) -> str | None:
+    """What the server says of a run, once it has been told of those that are gone."""
+    client.update_flow_run(run, infrastructure_pid=None if pid is None else str(pid))
+    tell_of_gone(client)
+    return client.read_flow_run(run).state_name
+
+
+def run_in(client: SyncPrefectClient, pool: str) -> UUID:
+    return client.create_flow_run(nothing, state=Running(), work_pool_name=pool).id
+
+
+def test_a_run_is_gone_when_its_process_has_ended_and_not_before(client: SyncPrefectClient) -> None:
+    run = run_in(client, "here")
+    environment = {**os.environ, "PREFECT__FLOW_RUN_ID": str(run)}
     command = [sys.executable, "-c", "print(flush=True); input()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
-        mine = run.model_copy(update={"infrastructure_pid": f"{socket.gethostname()}:{process.pid}"})
         assert process.stdout is not None
         process.stdout.readline()  # it has its own environment by now
-        assert not is_gone(mine)
+        assert state_after(client, run, process.pid) == "Running"
         process.kill()
-    assert is_gone(mine)
+    assert state_after(client, run, process.pid) == "Crashed"
 
 
-def test_a_number_that_another_process_has_by_now_is_no_life() -> None:
-    assert is_gone(run_of(os.getpid()))
+def test_a_number_that_another_process_has_by_now_is_no_life(client: SyncPrefectClient) -> None:
+    assert state_after(client, run_in(client, "here"), os.getpid()) == "Crashed"
 
 
-@pytest.mark.parametrize("noted", [None, "", "uid:namespace:job-7", "elsewhere:1", f"{socket.gethostname()}:job"])
-def test_what_ran_elsewhere_or_nowhere_yet_is_not_told_from_here(noted: str | None) -> None:
-    assert not is_gone(FlowRun(id=uuid4(), flow_id=uuid4(), infrastructure_pid=noted))
+@pytest.mark.parametrize("noted", [None, "namespace:job-7"])
+def test_what_has_no_process_yet_or_is_none_is_left_alone(client: SyncPrefectClient, noted: str | None) -> None:
+    assert state_after(client, run_in(client, "here"), noted) == "Running"
+
+
+def test_what_may_run_on_another_machine_is_not_told_from_here(client: SyncPrefectClient) -> None:
+    assert state_after(client, run_in(client, "several"), ENDED) == "Running"
+    assert state_after(client, run_in(client, "here"), ENDED) == "Crashed"

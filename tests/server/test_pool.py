@@ -79,7 +79,7 @@ class Job:
         wait_until(lambda: self.state(run) in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}, seconds)
         assert self.state(run) == "COMPLETED", self.cluster.ask(f"/flow_runs/{run}")["state"]
 
-    def wait_for_fits(self, count: int = 1, seconds: float = 90) -> None:
+    def wait_for_fits(self, count: int = 1, seconds: float = 180) -> None:
         """Wait until so many fits are being built at once."""
         wait_until(lambda: len(list((self.store / "tmp").glob("fit-*"))) >= count, seconds)
 
@@ -218,7 +218,7 @@ def test_server_that_is_killed_and_comes_back_finds_the_run_going_on(job: Job) -
 
 def test_everything_killed_at_once_the_same_command_finishes_it(job: Job) -> None:
     job.start()
-    job.wait_for_fits(2)
+    job.wait_for_fits()
     for pid in marked(job.home):
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not marked(job.home), 20)
@@ -246,6 +246,7 @@ def test_machine_that_died_has_its_run_marked_as_crashed(job: Job) -> None:
     job.assert_whole()
 
 
+@pytest.mark.parametrize("job", [4], indirect=True)  # so that both devices are at work at once
 def test_cancelled_run_frees_its_devices_and_the_same_command_goes_on(job: Job) -> None:
     run = job.start()
     job.wait_for_fits(2)
