@@ -15,6 +15,7 @@ import importlib
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
-from flows.leftover import tell_of_gone
+from flows.leftover import HANDOVER_SECONDS, tell_of_gone
 
 PROJECT = Path(__file__).resolve().parent.parent
 POOLS = {
@@ -158,7 +159,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options: Any = parser.parse_args(arguments)
     with get_client(sync_client=True) as client:
-        tell_of_gone(client)
+        until = time.monotonic() + HANDOVER_SECONDS + 1
+        while tell_of_gone(client) and time.monotonic() < until:
+            time.sleep(1)
     asyncio.run(configure(options.gpus, timedelta(seconds=options.silence)))
 
 

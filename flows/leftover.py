@@ -7,6 +7,7 @@ the run had begun, nobody tells the server, and the run counts against its pool'
 from __future__ import annotations
 
 import platform
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -15,25 +16,43 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Crashed
 
 _ALIVE = FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
+# A worker starts the process of a run that it took over within a second; on a busy machine six were seen.
+HANDOVER_SECONDS = 15.0
 
 
-def tell_of_gone(client: SyncPrefectClient) -> None:
-    """Mark the runs of this machine whose processes are gone as crashed."""
+def tell_of_gone(client: SyncPrefectClient) -> bool:
+    """Mark the runs of this machine whose processes are gone as crashed.
+
+    Returns:
+        Whether a run is being handed over just now, so that it will be known in `HANDOVER_SECONDS`.
+    """
+    in_between = False
     for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=_ALIVE))):
         if is_gone(client, run):
             client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)
+        elif not run.infrastructure_pid and run.work_pool_name is not None and run.state_type == StateType.PENDING:
+            in_between = True
+    return in_between
 
 
 def is_gone(client: SyncPrefectClient, run: FlowRun) -> bool:
     """Whether a run's process was on this machine, and is no more."""
-    if run.work_pool_name is None or not (run.infrastructure_pid or "").isdigit():
+    if run.work_pool_name is None or run.state is None:
         return False
-    if _process_lives(run):
+    if run.infrastructure_pid:
+        if not run.infrastructure_pid.isdigit() or _process_lives(run):
+            return False
+    elif not run.state.is_pending() or (datetime.now(UTC) - run.state.timestamp).total_seconds() < HANDOVER_SECONDS:
         return False
-    # The note says which process and not where; the workers that `deploy/cluster.sh` starts bear the machine's name.
+    # A run says which process it has and not where; the workers that `deploy/cluster.sh` starts bear the machine's
+    # name, and start processes.
     here = f"{platform.node()}-"
     workers = client.read_workers_for_work_pool(run.work_pool_name)
-    return bool(workers) and all(worker.name.startswith(here) for worker in workers)
+    return (
+        client.read_work_pool(run.work_pool_name).type == "process"
+        and bool(workers)
+        and all(worker.name.startswith(here) for worker in workers)
+    )
 
 
 def _process_lives(run: FlowRun) -> bool:

@@ -27,7 +27,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Crashed
 
-from flows.leftover import is_gone
+from flows.leftover import is_gone, tell_of_gone
 from pipeline.engines import Progress, Request
 from pipeline.errors import ClozelineError, InputError, RunStopped, StageLost, rebuilt
 
@@ -183,8 +183,10 @@ def _give_up(client: SyncPrefectClient, run: FlowRun, pending: float) -> bool:
 def _sweep_abandoned(client: SyncPrefectClient) -> None:
     """Give up the pending runs of all, also of those whose parents died with their workers.
 
-    Nobody watched these from here, so that it takes two machines' clocks; they are given three times as long.
+    Where nobody can tell from here whether a process is gone, it takes two machines' clocks; three times as long is
+    given.
     """
+    tell_of_gone(client)
     pending = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING]))
     stages = FlowFilter(name=FlowFilterName(any_=[DEPLOYMENT.split("/")[0]]))
     for run in client.read_flow_runs(flow_filter=stages, flow_run_filter=FlowRunFilter(state=pending)):

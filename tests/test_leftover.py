@@ -14,8 +14,9 @@ from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Running
+from prefect.states import Pending, Running
 
+from flows import leftover
 from flows.leftover import tell_of_gone
 from tests.prefect_server import prefect_server
 
@@ -71,6 +72,17 @@ def test_a_number_that_another_process_has_by_now_is_no_life(client: SyncPrefect
 @pytest.mark.parametrize("noted", [None, "namespace:job-7"])
 def test_what_has_no_process_yet_or_is_none_is_left_alone(client: SyncPrefectClient, noted: str | None) -> None:
     assert state_after(client, run_in(client, "here"), noted) == "Running"
+
+
+def test_a_run_whose_worker_died_in_the_handover_is_gone_after_a_while(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = client.create_flow_run(nothing, state=Pending(), work_pool_name="here").id
+    assert tell_of_gone(client)  # there may be a process yet
+    assert client.read_flow_run(run).state_name == "Pending"
+    monkeypatch.setattr(leftover, "HANDOVER_SECONDS", 0.0)
+    assert state_after(client, run, None) == "Crashed"
+    assert not tell_of_gone(client)
 
 
 def test_what_may_run_on_another_machine_is_not_told_from_here(client: SyncPrefectClient) -> None:

@@ -222,7 +222,7 @@ def test_everything_killed_at_once_the_same_command_finishes_it(job: Job) -> Non
     for pid in marked(job.home):
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not marked(job.home), 20)
-    job.cluster("up")
+    job.cluster("up")  # tells the server, too
     # Of a dead run the server would think until the heartbeats are missed, and leave its device idle.
     alive = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}
     assert job.cluster.ask("/flow_runs/count", alive) == 0
