@@ -117,11 +117,12 @@ def bytes_of(release: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def job(cluster: Cluster, tiny_task: MakeTask, tmp_path: Path, request: pytest.FixtureRequest) -> Job:
-    """Two annotators, or as many as the test asks for; the undisturbed run is made with no Prefect at all."""
+    """Two annotators of 60 steps, or what the test asks for; the undisturbed run is made with no Prefect at all."""
+    annotators, steps = getattr(request, "param", (2, 60))
     changes = {
-        "annotators": PATTERNS[: getattr(request, "param", 2)],
+        "annotators": PATTERNS[:annotators],
         "inputs": {"test": None},
-        "training": {"steps": 60, "folds": 0},
+        "training": {"steps": steps, "folds": 0},
         "student": {"steps": 20},
     }
     path = tiny_task(changes=changes)
@@ -138,7 +139,7 @@ def job(cluster: Cluster, tiny_task: MakeTask, tmp_path: Path, request: pytest.F
     return made
 
 
-@pytest.mark.parametrize("job", [8], indirect=True)
+@pytest.mark.parametrize("job", [(8, 60)], indirect=True)
 def test_schedule_fires_and_eight_annotators_fan_out_over_two_devices(job: Job) -> None:
     cluster = job.cluster
     nightly = next(found for found in cluster.ask("/deployments/filter", {}) if found["name"] == "nightly")
@@ -246,7 +247,7 @@ def test_machine_that_died_has_its_run_marked_as_crashed(job: Job) -> None:
     job.assert_whole()
 
 
-@pytest.mark.parametrize("job", [4], indirect=True)  # so that both devices are at work at once
+@pytest.mark.parametrize("job", [(2, 500)], indirect=True)  # long enough for both devices to be at work at once
 def test_cancelled_run_frees_its_devices_and_the_same_command_goes_on(job: Job) -> None:
     run = job.start()
     job.wait_for_fits(2)
