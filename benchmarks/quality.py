@@ -15,10 +15,12 @@ fine-tune          the base model with a classification head, trained on the lab
                    student's learning rate, template and length, and 100 steps of 16 rows
 embedding          logistic regression on the base model's mean-pooled vectors
 tfidf-nb           tf-idf with complement Naive Bayes
+ipet               the last of ``--ipet`` generations, blended as the ensemble, which is generation 0
+ipet-student       the classifier distilled from its soft labels
 =================  ====================================================================================
 
-The first four follow the stages of the flow (`pipeline.stages`: fit, blend, distill, evaluate) with the same
-functions, settings and seeds, without store and Prefect, so that a cell costs model time alone. All share
+The first four and the last two follow the stages of the flow (`pipeline.stages`: fit, select, blend, distill, evaluate)
+with the same functions, settings and seeds, without store and Prefect, so that a cell costs model time alone. All share
 one set of fits. Seeds of training never vary, as in the flow: seed s of the benchmark is draw s of the rows.
 
 Rows: equal texts are taken once, and training texts that are test texts are left out. The labelled rows are
@@ -28,7 +30,7 @@ with one fixed seed. A method that cannot run has a null accuracy: best-annotato
 two rows (there is no honest cross-validation), all that need labels where there are none. With 0 labels
 nothing is drawn, so there is one cell, seed 0.
 
-`seconds` is what the method needs from the rows to the test scores: for best-annotator, ensemble and student
+`seconds` is what the method needs from the rows to the test scores: for best-annotator, ensemble, student and iPET
 that includes all fits and their cross-validation.
 
 Each finished cell is appended to ``--out``; a cell that is there, from the same data, settings and
@@ -52,6 +54,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `pipeline.worker`; read when torch is imported
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import numpy as np
 import numpy.typing as npt
@@ -63,19 +66,21 @@ from pipeline.base_model import BaseModel, resolve_base_model
 from pipeline.cloze import load_tokenizer
 from pipeline.cross_validation import stratified_folds
 from pipeline.device import numeric_profile
-from pipeline.ensemble import blend, match_prior, shrunk_weights
+from pipeline.ensemble import blend, soft_labels
 from pipeline.errors import ClozelineError, InputError
+from pipeline.ipet import select_rows, selection_seed, teachers
 from pipeline.metrics import classification_metrics
 from pipeline.plan import STAGE_VERSIONS, human_seconds
 from pipeline.store import key_of, sha256_of
 from pipeline.tables import ColumnRoles, Floats, Rows, texts_of
-from pipeline.task import Task
+from pipeline.task import Annotator, Task
 from pipeline.template import Encoder, Template
 from pipeline.training import seed_of
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 CAP = 2000
 METHODS = ["zero-shot", "best-annotator", "ensemble", "student", "fine-tune", "embedding", "tfidf-nb"]
+IPET_METHODS = ["ipet", "ipet-student"]
 FINE_TUNE = {"steps": 100, "batch_size": 16}
 Ints = npt.NDArray[np.int64]
 Record = dict[str, Any]
@@ -222,8 +227,10 @@ class Dataset:
     def key(self, labels: int, seed: int) -> str:
         """The key of a cell: all that its numbers depend on."""
         task = self.task
+        ipet = {"ipet": task.ipet.model_dump(), "select": STAGE_VERSIONS["select"]} if task.ipet.generations else {}
         return key_of(
             {
+                **ipet,
                 "files": dict(self.files),
                 "task": task.model_dump(mode="json", include={"labels", "annotators", "ensemble", "sample"}),
                 "text": task.inputs.text,
@@ -258,13 +265,14 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
     """Train and score all methods on one draw.
 
     Returns:
-        One record a method, in the order of `METHODS`.
+        One record a method, in the order of `METHODS` and, where the task has generations, `IPET_METHODS`.
     """
     task, base, profile = data.task, data.base, data.profile
     labelled, transfer = data.cut(labels, seed)
     training, names, test = task.resolved("training"), task.label_names, data.test
     clock = _Clock()
-    predicted: dict[str, Floats | None] = dict.fromkeys(METHODS)
+    methods = [*METHODS, *(IPET_METHODS if task.ipet.generations else [])]
+    predicted: dict[str, Floats | None] = dict.fromkeys(methods)
     untrained: list[Floats] = []
     on_test: list[Floats] = []
     on_transfer: list[Floats] = []
@@ -274,12 +282,7 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
     folds = stratified_folds(labelled.labels, training["folds"], seed_of("folds")) if training["steps"] else None
     nothing, pet = Labelled({}, np.zeros(0, dtype=np.int64)), method("pet").train
     for _, annotator, number in task.members():
-        spec = {
-            **{key: value for key, value in training.items() if key != "dtype"},
-            "pattern": annotator.pattern,
-            "words": [[label, words] for label, words in task.words_of(annotator).items()],
-            "labels": names,
-        }
+        spec = fit_spec(task, annotator)
         fit_seed = seed_of("fit", annotator.pattern, number)
         with clock("zero-shot"):
             fitted = pet(spec, nothing, transfer, base, profile, fit_seed)
@@ -299,22 +302,17 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
                 on_test.append(fitted.log_probabilities(test.texts))
         with clock("transfer"):
             on_transfer.append(fitted.log_probabilities(transfer))
-    uniform = np.full(len(untrained), 1 / len(untrained))
-    predicted["zero-shot"] = blend(untrained, uniform)
+    predicted["zero-shot"] = blend(untrained, np.full(len(untrained), 1 / len(untrained)))
     if not on_test:  # without labels the untrained annotators are the ensemble
         on_test, clock.seconds["fits"] = untrained, clock.seconds["zero-shot"]
 
     # As the stages `blend` and `evaluate`.
-    weighted = task.ensemble.weights == "weighted"
-    weights = shrunk_weights(accuracies, len(labelled)) if weighted else uniform
+    counts, ensemble = labelled.counts(len(names)), task.ensemble.model_dump()
+    soft, weights = soft_labels(on_transfer, accuracies, counts, ensemble)
     known = [accuracy for accuracy in accuracies if accuracy is not None]
     if known:
         predicted["best-annotator"] = on_test[known.index(max(known))]
     predicted["ensemble"] = blend(on_test, weights)
-    soft = blend(on_transfer, weights)
-    if task.ensemble.prior == "labelled" and len(labelled):
-        counts = np.bincount(labelled.labels, minlength=len(names)) + 1.0
-        soft = match_prior(soft, counts / counts.sum())
 
     from pipeline.student import distill
 
@@ -328,6 +326,14 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
     with clock("student"):
         student = distill(reads, soft, transfer, labelled, base, profile, seed_of("distill"))
         predicted["student"] = student.log_probabilities(test.texts)
+    if task.ipet.generations:
+        with clock("ipet"):
+            on_transfer, on_test = later_generations(data, labelled, transfer, accuracies, on_transfer)
+            soft, _ = soft_labels(on_transfer, accuracies, counts, ensemble)
+            predicted["ipet"] = blend(on_test, weights)
+        with clock("ipet-student"):
+            student = distill(reads, soft, transfer, labelled, base, profile, seed_of("distill"))
+            predicted["ipet-student"] = student.log_probabilities(test.texts)
     if len(labelled):
         for name, spec in (("fine-tune", {**reads, **FINE_TUNE}), ("embedding", reads), ("tfidf-nb", reads)):
             with clock(name):
@@ -337,8 +343,11 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
     spent = clock.seconds
     spent["ensemble"] = spent["best-annotator"] = spent["fits"]
     spent["student"] += spent["fits"] + spent["transfer"]
+    if task.ipet.generations:
+        spent["ipet"] += spent["fits"] + spent["transfer"]
+        spent["ipet-student"] += spent["ipet"]
     records = []
-    for name in METHODS:
+    for name in methods:
         scores = predicted[name]
         found = None if scores is None else classification_metrics(scores.argmax(axis=1), test.labels, names)
         records.append(
@@ -353,6 +362,56 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
             }
         )
     return records
+
+
+def fit_spec(task: Task, annotator: Annotator) -> dict[str, Any]:
+    """What the stage `fit` is told of an annotator."""
+    return {
+        **{key: value for key, value in task.resolved("training").items() if key != "dtype"},
+        "pattern": annotator.pattern,
+        "words": [[label, words] for label, words in task.words_of(annotator).items()],
+        "labels": task.label_names,
+    }
+
+
+def later_generations(
+    data: Dataset, labelled: Labelled, transfer: Texts, accuracies: Sequence[float | None], scores: list[Floats]
+) -> tuple[list[Floats], list[Floats]]:
+    """iPET as the stages `select` and `fit` have it.
+
+    Args:
+        data: the dataset, whose task has generations.
+        labelled: the labelled rows.
+        transfer: the transfer set.
+        accuracies: generation 0's, cross-validated.
+        scores: generation 0's log-probabilities of the transfer set, one array an annotator.
+
+    Returns:
+        The last generation's log-probabilities of the transfer set and of the test set.
+    """
+    task, ipet, members = data.task, data.task.ipet, list(data.task.members())
+    counts, on_test = labelled.counts(len(task.labels)), list[Floats]()
+    for generation in range(1, ipet.generations + 1):
+        before, scores = scores, []
+        for i, (_, annotator, number) in enumerate(members):
+            seed = selection_seed(annotator.pattern, number, generation)
+            chosen = teachers(i, len(members), ipet.share, seed)
+            said, known = [before[j] for j in chosen], [accuracies[j] for j in chosen]
+            soft, _ = soft_labels(said, known, counts, task.ensemble.model_dump())
+            found = select_rows(soft, counts, generation, ipet.growth, seed).labels
+            drawn = Labelled(dict(transfer), found).take(np.flatnonzero(found >= 0))
+            fitted = method("pet").train(
+                fit_spec(task, annotator),
+                labelled.joined(drawn),
+                transfer,
+                data.base,
+                data.profile,
+                seed_of("fit", annotator.pattern, number),
+            )
+            scores.append(fitted.log_probabilities(transfer))
+            if generation == ipet.generations:
+                on_test.append(fitted.log_probabilities(data.test.texts))
+    return scores, on_test
 
 
 class Results:
@@ -398,14 +457,7 @@ class Rates:
         some = data.train.head(64)
         rows, steps = Labelled(some.texts, some.labels), 4
         _, annotator, _ = next(data.task.members())
-        spec = {
-            **data.task.resolved("training"),
-            "pattern": annotator.pattern,
-            "words": [[label, words] for label, words in data.task.words_of(annotator).items()],
-            "labels": data.task.label_names,
-            "mlm_alpha": 0.0,
-            "steps": steps,
-        }
+        spec = {**fit_spec(data.task, annotator), "mlm_alpha": 0.0, "steps": steps}
         none: Texts = {name: [] for name in some.texts}
         nothing = Labelled({}, np.zeros(0, dtype=np.int64))
         spent = []
@@ -431,7 +483,7 @@ def tokens_of_row(data: Dataset) -> float:
     encoder = Encoder(load_tokenizer(data.base.path), longest, data.task.training.truncation)
     _, annotator, _ = next(data.task.members())
     encoded = encoder.encode(Template.parse(annotator.pattern), data.test.head(200).texts, masks=1)
-    return float(np.mean([len(row) for row in encoded.input_ids]))
+    return float(encoded.tokens.lengths.mean())
 
 
 def estimate(data: Dataset, labels: int, rates: Rates) -> float:
@@ -442,16 +494,20 @@ def estimate(data: Dataset, labels: int, rates: Rates) -> float:
     transfer, test = min(data.cap, len(pool)), len(data.test)
     fits = 1 + training["folds"] if labels and training["steps"] else 0
     batch = training["batch_size"] + (training["mlm_batch_size"] if training["mlm_alpha"] else 0)
-    trained = members * fits * training["steps"] * batch
-    trained += student["steps"] * student["batch_size"] * (1.25 if labels else 1.0)  # see `pipeline.student`
+    generations = data.task.ipet.generations
+    trained = members * (fits + generations) * training["steps"] * batch
+    students = 2 if generations else 1
+    trained += students * student["steps"] * student["batch_size"] * (1.25 if labels else 1.0)  # see `pipeline.student`
     trained += FINE_TUNE["steps"] * FINE_TUNE["batch_size"] if labels else 0
     scored = members * (transfer + test * (2 if labels else 1)) + test * (3 if labels else 1)
-    loads = members * (fits + 1) + (3 if labels else 1)
+    scored += members * (generations * transfer + test) + test if generations else 0
+    loads = members * (fits + 1 + generations) + (3 if labels else 1)
     return tokens_of_row(data) * (trained * rates.trained + scored * rates.scored) + loads * rates.load
 
 
 def table(records: Sequence[Record], cap: int) -> str:
     """The records as Markdown: means over the seeds with standard deviations, in per cent."""
+    methods = [name for name in [*METHODS, *IPET_METHODS] if any(record["method"] == name for record in records)]
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in records:
         groups.setdefault((record["dataset"], record["labels"]), []).append(record)
@@ -459,12 +515,12 @@ def table(records: Sequence[Record], cap: int) -> str:
     for metric, title in (("accuracy", "Accuracy"), ("macro_f1", "Macro-F1")):
         lines = [
             f"{title}, per cent: mean ± standard deviation over the seeds (draws of the labelled rows)\n",
-            f"| dataset | labels | seeds | {' | '.join(METHODS)} |",
-            f"|---|--:|--:|{'--:|' * len(METHODS)}",
+            f"| dataset | labels | seeds | {' | '.join(methods)} |",
+            f"|---|--:|--:|{'--:|' * len(methods)}",
         ]
         for (dataset, labels), group in groups.items():
             cells = []
-            for name in METHODS:
+            for name in methods:
                 values = [100 * r[metric] for r in group if r["method"] == name and r[metric] is not None]
                 spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "-")
@@ -498,6 +554,7 @@ def run(
     *,
     task: Path | None = None,
     cap: int = CAP,
+    ipet: int = 0,
     out: Path | None = None,
 ) -> list[Record]:
     """Run the cells that are not there yet.
@@ -509,6 +566,7 @@ def run(
         seeds: how many draws, numbered from 0.
         task: a task file instead of that in ``benchmarks/tasks``; then there is one dataset.
         cap: the most rows of the transfer set, and of the test set.
+        ipet: the generations of iPET; 0 leaves its methods out.
         out: the JSON-lines file with finished cells.
 
     Returns:
@@ -522,7 +580,7 @@ def run(
     results = Results(out or Path(f"quality-{'+'.join(datasets)}-cap{cap}.jsonl"))
     wanted: list[tuple[Dataset, int, int, str]] = []
     for name in datasets:
-        loaded = Dataset.load(data / name, Task.load(task or TASKS / f"{name}.yaml"), cap)
+        loaded = Dataset.load(data / name, Task.load(task or TASKS / f"{name}.yaml", [f"ipet.generations={ipet}"]), cap)
         for number in labels:
             if number:
                 draw(loaded.train.labels, number, 0)  # tells now what can't be drawn, not hours later
@@ -564,6 +622,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="draws, numbered from 0 (default 1)")
     parser.add_argument("--task", type=Path, metavar="FILE", help="a task file instead of benchmarks/tasks/NAME.yaml")
     parser.add_argument("--cap", type=int, default=CAP, metavar="ROWS", help=f"of transfer and test (default {CAP})")
+    parser.add_argument("--ipet", type=int, default=0, metavar="N", help="generations of iPET (default 0: none)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="finished cells; default quality-NAMES-capROWS.jsonl")
     parser.add_argument("--json", action="store_true", help="print the records as JSON instead of tables")
     given = parser.parse_args(arguments)
@@ -575,7 +634,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         records = run(
-            given.data, given.datasets, given.labels, given.seeds, task=given.task, cap=given.cap, out=given.out
+            given.data,
+            given.datasets,
+            given.labels,
+            given.seeds,
+            task=given.task,
+            cap=given.cap,
+            ipet=given.ipet,
+            out=given.out,
         )
     except ClozelineError as error:
         _say(f"error: {error}")

@@ -35,8 +35,9 @@ from flows.cli_console import (
     warn,
 )
 from flows.cli_events import notify, watch
+from flows.cli_versions import forget, promote, rollback, versions
 from flows.events import task_location
-from pipeline.errors import ClozelineError, InputError
+from pipeline.errors import ClozelineError, InputError, writing
 from pipeline.plan import human_seconds
 from pipeline.settings import EngineName, Settings
 
@@ -171,7 +172,7 @@ def check(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) ->
     estimate: dict[str, Any] = {
         "rows": plan.rows,
         "tokens": round(plan.tokens),
-        "annotators": len(plan.find("fit")),
+        "annotators": len(list(loaded.members())),
         "fits": sum(1 + (call.spec["folds"] if "labelled" in call.inputs else 0) for call in plan.find("fit")),
         "model_passes": len(plan.find("annotate")) + len(plan.find("label")),
         "teraflops": round(sum(call.flops for call in plan.calls) / 1e12, 3),
@@ -185,9 +186,10 @@ def check(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) ->
     for warning in warnings:
         warn(warning)
     say(f"{escape(loaded.name)} is fine.")
+    generations = f" in {1 + loaded.ipet.generations} generations" if loaded.ipet.generations else ""
     say(
-        f"{plan.rows:,} rows to label, about {round(plan.tokens):,} tokens; {estimate['annotators']} annotators "
-        f"({estimate['fits']} fits with cross-validation), {estimate['model_passes']} scoring passes;\n"
+        f"{plan.rows:,} rows to label, about {round(plan.tokens):,} tokens; {estimate['annotators']} annotators"
+        f"{generations} ({estimate['fits']} fits with cross-validation), {estimate['model_passes']} scoring passes;\n"
         f"about {estimate['teraflops']} TFLOP, {human_seconds(estimate['device_hours'] * 3600)} on "
         f"{plan.profile['device']} in {plan.profile['dtype']}."
     )
@@ -234,7 +236,9 @@ def init(
 
     if target.exists() and not force:
         raise InputError("the file is there already", where=str(target), fix="choose another --out, or --force")
-    write_atomically(target, starter_task(file, unlabelled, target.absolute().parent))
+    text = starter_task(file, unlabelled, target.absolute().parent)
+    with writing("the task file", target, "choose another --out"):
+        write_atomically(target, text)
     say(f"wrote {escape(str(target))}; next: clozeline check {escape(str(target))}")
 
 
@@ -264,6 +268,10 @@ app.add_typer(cli_store.app, name="store")
 app.command()(notify)
 app.command()(watch)
 app.command()(config)
+app.command()(versions)
+app.command()(promote)
+app.command()(rollback)
+app.command()(forget)
 
 
 def main() -> None:

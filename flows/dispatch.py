@@ -173,13 +173,13 @@ def grouped(plan: Plan, missing: set[str], *, far: bool) -> list[list[Call]]:
         far: whether stages run elsewhere than beside the flow.
     """
     groups: list[list[Call]] = []
-    alike: dict[tuple[str, str, bool], list[Call]] = {}
+    alike: dict[tuple[str, str, int, bool], list[Call]] = {}
     for call in plan.calls:
         if call.stage not in (_GROUPED_FAR if far else _GROUPED):
             groups.append([call])
             continue
         rows = call.inputs["rows"].key if call.stage == "annotate" else ""
-        kind = call.stage, rows, call.key in missing
+        kind = call.stage, rows, call.generation, call.key in missing  # a generation needs the one before
         if kind not in alike:
             groups.append(alike.setdefault(kind, []))
         alike[kind].append(call)

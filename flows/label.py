@@ -21,7 +21,7 @@ from pipeline.checks import check_task
 from pipeline.errors import StoreDamaged
 from pipeline.locations import is_url
 from pipeline.plan import Call, Plan, plan_run
-from pipeline.publishing import Published, publish, release_lease, release_path
+from pipeline.publishing import Published, publish, raise_if_held, release_lease, release_path
 from pipeline.settings import EngineName, Settings
 from pipeline.store import Artifact, Store, open_store
 from pipeline.task import Task
@@ -87,6 +87,7 @@ def label(
 
     Raises:
         InputError: the task or its data is wrong; nothing was run.
+        VersionHeld: all is done, and the version looks worse than the one in force, which stays.
     """
     end_with_worker()
     use_storage_block(storage_block)
@@ -123,7 +124,7 @@ def label(
                 finally:
                     executed += dispatcher.executed
             held.check()
-            published = publish(artifact, release)
+            published = publish(artifact, release, loaded.release.gate)
             store.record_release(loaded.name, release, published.name, references)
     summary = {
         **artifact.meta,
@@ -137,6 +138,8 @@ def label(
         _draw(summary, plan, store, published)
     except Exception as error:  # the release is out; a table in the UI is no reason to call the run failed
         get_run_logger().warning("could not draw the artifacts: %s", error)
+    # Last of all: what was computed is kept, and recorded as a release of its own.
+    raise_if_held(published, release)
     return summary
 
 
@@ -184,12 +187,16 @@ def _run_stages(plan: Plan, missing: set[str], dispatcher: dispatch.Dispatcher) 
 
 def _left_out(plan: Plan, store: Store) -> list[str]:
     """What was dropped on the way, said aloud."""
-    told = []
+    released = store.find(plan.release.stage, plan.release.key)
+    diverged = released.meta.get("diverged", {}) if released else {}
+    told = [f"the annotator {name} was left out, since its training diverged: {why}" for name, why in diverged.items()]
     [prepare] = plan.find("prepare")
     found = store.find(prepare.stage, prepare.key)
     meta = found.meta if found else {}
     if meta.get("labelled_in_pool"):
         told.append(f"{meta['labelled_in_pool']} unlabelled rows hold a labelled text and were left out")
+    if meta.get("forgotten_in_pool"):
+        told.append(f"{meta['forgotten_in_pool']} unlabelled rows hold a forgotten text and were left out")
     if meta.get("labelled_in_test"):
         told.append(f"{meta['labelled_in_test']} test rows hold a labelled text and were left out")
     for call in plan.find("ingest"):
@@ -223,7 +230,9 @@ def _draw(summary: dict[str, Any], plan: Plan, store: Store, published: Publishe
     if summary["test"]:
         tested = [{"method": method, **(found or {})} for method, found in summary["test"].items()]
         create_table_artifact(tested, key=f"{name}-test", description="Accuracy on the test file")
-    brief = {key: summary[key] for key in ("release", "new", "rows", "executed", "seconds")}
+    brief: dict[str, Any] = {key: summary[key] for key in ("release", "new", "rows", "executed", "seconds")}
+    if published.held:
+        brief["held"] = published.held
     markdown = f"# {published.name}\n\n```json\n{json.dumps(brief, indent=1)}\n```\n"
     create_markdown_artifact(markdown, key=f"{name}-release", description="The release")
     create_link_artifact(published.uri, key=f"{name}-link", link_text=published.path)

@@ -7,6 +7,7 @@ the run had begun, nobody tells the server, and the run counts against its pool'
 from __future__ import annotations
 
 import platform
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -46,12 +47,12 @@ def is_gone(client: SyncPrefectClient, run: FlowRun) -> bool:
         return False
     # A run says which process it has and not where; the workers that `deploy/cluster.sh` starts bear the machine's
     # name, and start processes.
-    here = f"{platform.node()}-"
+    here = re.compile(re.escape(platform.node()) + "-(cpu|gpu-.+)")
     workers = client.read_workers_for_work_pool(run.work_pool_name)
     return (
         client.read_work_pool(run.work_pool_name).type == "process"
         and bool(workers)
-        and all(worker.name.startswith(here) for worker in workers)
+        and all(here.fullmatch(worker.name) for worker in workers)
     )
 
 

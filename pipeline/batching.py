@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.template import TokenIds
+from pipeline.ragged import Numbers, Ragged
 
 # Measured on two cores with the embedded model: batches of 1,024 to 4,096 tokens are alike, those of 8,192 slower by
 # a third.
@@ -32,7 +32,7 @@ def batch_share() -> float:
     return _batch_share
 
 
-def by_length(lengths: Sequence[int], token_budget: int = TOKEN_BUDGET) -> list[npt.NDArray[np.int64]]:
+def by_length(lengths: Sequence[int] | Numbers, token_budget: int = TOKEN_BUDGET) -> list[npt.NDArray[np.int64]]:
     """Group row numbers into batches of similar length.
 
     Args:
@@ -54,22 +54,19 @@ def by_length(lengths: Sequence[int], token_budget: int = TOKEN_BUDGET) -> list[
     return batches
 
 
-def pad(rows: Sequence[TokenIds], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad rows on the right.
+def pad(
+    tokens: Ragged, rows: npt.NDArray[np.integer], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some rows, padded on the right.
 
     Returns:
         int64 ``input_ids`` and ``attention_mask``, both ``[rows, longest]``.
     """
-    longest = max(len(row) for row in rows)
-    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
-    mask = np.zeros((len(rows), longest), dtype=np.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+    ids, own = tokens.padded(rows, pad_id)
+    return torch.from_numpy(ids.astype(np.int64)).to(device), torch.from_numpy(own.astype(np.int64)).to(device)
 
 
-def split_by_length(lengths: Sequence[int]) -> list[npt.NDArray[np.int64]]:
+def split_by_length(lengths: Sequence[int] | Numbers) -> list[npt.NDArray[np.int64]]:
     """Split the rows of one training step into micro-batches: two if that saves padding, more to spare memory.
 
     One long text among sixteen pads all of them to its length. The step's gradient is the same either way; the
@@ -88,7 +85,7 @@ def split_by_length(lengths: Sequence[int]) -> list[npt.NDArray[np.int64]]:
     return [part[at : at + most] for part in parts for at in range(0, len(part), most)]
 
 
-def _two_by_length(lengths: Sequence[int]) -> list[npt.NDArray[np.int64]]:
+def _two_by_length(lengths: Sequence[int] | Numbers) -> list[npt.NDArray[np.int64]]:
     order = np.argsort(np.asarray(lengths, dtype=np.int64), kind="stable")
     ordered = np.asarray(lengths, dtype=np.int64)[order]
     rows = len(ordered)

@@ -42,7 +42,7 @@ def check_task(task: Task) -> list[str]:
     if base is not None:
         _patterns(task, base, problems, warnings)
         if base.name != EMBEDDED:
-            _masked_lm_head(base, problems)
+            _cloze_model(base, problems, warnings)
     _columns(task, problems)
     _files(task, problems, warnings)
     _storage(problems)
@@ -125,28 +125,24 @@ def _patterns(task: Task, base: BaseModel, problems: list[InputError], warnings:
         problems.append(error)
 
 
-def _masked_lm_head(base: BaseModel, problems: list[InputError]) -> None:
-    """A head whose weights are not in the file would be made up at random, and so would every label."""
-    import transformers
+def _cloze_model(base: BaseModel, problems: list[InputError], warnings: list[str]) -> None:
+    """The base model loads, has its head, and is told when it can't be scored the short way."""
+    from pipeline.cloze import ClozeModel
 
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
-        _, report = transformers.AutoModelForMaskedLM.from_pretrained(base.path, output_loading_info=True)
-    except (ValueError, OSError) as error:
-        problems.append(InputError(f"can't load the base model: {error}", where=f"base_model: {base.name}"))
+        shortcut = ClozeModel(base.path, {"device": "cpu", "dtype": "float32"}).shortcut
+    except InputError as error:
+        problems.append(InputError(error.problem, where=f"base_model: {base.name}", fix=error.fix))
         return
-    finally:
-        transformers.logging.set_verbosity(level)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        problems.append(
-            InputError(
-                f"the base model's masked-LM head is not in its file: {', '.join(missing[:3])}",
-                where=f"base_model: {base.name}",
-                fix="choose a model that was saved with its masked-LM head",
-            )
+    if shortcut == "positions":
+        warnings.append(
+            f"the masked-LM head of {base.name} can't multiply label words alone: it scores the whole vocabulary at "
+            "each mask, in fp32"
+        )
+    elif shortcut == "none":
+        warnings.append(
+            f"the masked-LM head of {base.name} ({base.config.get('model_type')}) is of an unknown kind: every token "
+            "goes through all of it, in fp32, which is right and several times slower"
         )
 
 
@@ -159,6 +155,13 @@ def _columns(task: Task, problems: list[InputError]) -> None:
         )
         for name in [*task.inputs.text, *task.inputs.carry]
         if name in OWN_COLUMNS
+    )
+    problems.extend(
+        InputError(
+            f"the export for Label Studio has a field {name!r} of its own", where="inputs.text", fix="rename the column"
+        )
+        for name in task.inputs.text
+        if name in {f"p_{label}" for label in task.labels}
     )
     if len(set(task.inputs.text)) < len(task.inputs.text):
         problems.append(InputError("a text column is named twice", where="inputs.text", fix="name each once"))
@@ -200,7 +203,7 @@ def _files(task: Task, problems: list[InputError], warnings: list[str]) -> None:
             path = task.path(given)
             parquet = tables.open_parquet(path)
             tables.check_columns(parquet, ColumnRoles(tuple(inputs.text), label=inputs.label), str(path))
-            found = tables.label_names_in(parquet, inputs.label)
+            found = tables.label_names_in(parquet, inputs.label, str(path))
             unknown = sorted(str(name) for name in found if name not in task.labels)
             if unknown:
                 problems.append(
@@ -216,7 +219,8 @@ def _files(task: Task, problems: list[InputError], warnings: list[str]) -> None:
         except InputError as error:
             problems.append(error)
     if inputs.labelled is None:
-        warnings.append("no labelled rows: the annotators are used as they are (zero-shot)")
+        used = "teach the first generation as they are" if task.ipet.generations else "are used as they are"
+        warnings.append(f"no labelled rows: the annotators {used} (zero-shot)")
 
 
 def _labelled_file(task: Task) -> list[Path]:
@@ -261,7 +265,7 @@ def _carried(columns: list[str], files: list[Path], problems: list[InputError]) 
 
 def _language(file: Path, columns: list[str], warnings: list[str]) -> None:
     """The embedded model reads English in lower case; say so when the text looks like something else."""
-    batch = next(tables.open_parquet(file).iter_batches(_SAMPLE_ROWS, columns=columns), None)
+    batch = tables.first_rows(tables.open_parquet(file), columns, str(file), _SAMPLE_ROWS)
     if batch is None:
         return
     text = "".join(str(value) for column in batch.columns for value in column.to_pylist() if value)

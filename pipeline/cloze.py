@@ -5,30 +5,35 @@ the vectors at the mask go through the head, and only the label words' rows of t
 multiplied. The ``[batch, length, vocabulary]`` tensor, two thirds of the work on a small model, never exists.
 
 One path serves every family: a hook on the encoder gathers the wanted positions before the head sees them, and
-the output embedding is swapped for one that can multiply a few of its rows. So no family's head is named here.
+the output embedding is swapped for one that can multiply a few of its rows. So no family's head is named here. Each
+model proves itself when it is loaded: what does not give the logits of its own full forward pass is not used.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from pipeline.batching import by_length, pad
+from pipeline.errors import InputError
+from pipeline.precision import attention_for, scoring
 from pipeline.tables import Floats
 from pipeline.template import Encoded
 from pipeline.verbalizer import Verbalizer
 
 Progress = Callable[[int, int], None]
+Shortcut = Literal["label words", "positions", "none"]
 _DELTA = "delta.safetensors"
 
 
@@ -36,6 +41,10 @@ class _RowsOfDecoder(nn.Module):
     """The output embedding, able to multiply a few of its rows.
 
     The rows are multiplied in fp32: a label word's logit decides a label, and costs nothing beside the encoder.
+
+    Attributes:
+        rows: which rows to multiply; all by default.
+        exact: weight and bias before `pipeline.precision.scoring` changed their numbers, while it does.
     """
 
     weight: nn.Parameter
@@ -45,18 +54,43 @@ class _RowsOfDecoder(nn.Module):
         super().__init__()
         self.weight, self.bias = decoder.weight, decoder.bias
         self.rows: torch.Tensor | None = None
+        self.exact: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.exact or (self.weight, self.bias)
         if self.rows is None:
-            return F.linear(hidden, self.weight.to(hidden.dtype), self._bias(None, hidden.dtype))
+            return F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.weight[self.rows].float(), self._bias(self.rows, torch.float32))
+            return F.linear(
+                hidden.float(), weight[self.rows].float(), None if bias is None else bias[self.rows].float()
+            )
 
-    def _bias(self, rows: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-        if self.bias is None:
-            return None
-        bias: torch.Tensor = self.bias if rows is None else self.bias[rows]
-        return bias.to(dtype)
+
+def _load(path: Path, device: torch.device) -> Any:
+    """A masked language model, all of whose weights are in its file.
+
+    Raises:
+        InputError: they are not, or it can't be loaded.
+    """
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its report of missing weights is ours to tell
+    transformers.logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, **attention_for(device)
+        )
+    except (ValueError, OSError) as error:
+        raise InputError(f"can't load the base model: {error}", where=str(path)) from error
+    finally:
+        transformers.logging.set_verbosity(level)
+    # A head that is not in the file would be made up at random, and so would every label.
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"the base model's masked-LM head is not in its file: {', '.join(missing[:3])}",
+            where=str(path),
+            fix="choose a model that was saved with its masked-LM head",
+        )
+    return model
 
 
 class ClozeModel(nn.Module):
@@ -65,28 +99,83 @@ class ClozeModel(nn.Module):
     Args:
         path: a directory in the Hugging Face layout.
         profile: the numeric profile (`pipeline.device.numeric_profile`).
+
+    Attributes:
+        shortcut: how much of the full forward pass is spared. ``label words``: only the positions that are asked for
+            go through the head, and only the words' rows are multiplied. ``positions``: those positions, and the
+            whole vocabulary. ``none``: the full pass, which is right for any model and slow. Both score in fp32.
+
+    Raises:
+        InputError: the model can't be loaded, or its head is not in its file.
     """
 
     def __init__(self, path: Path, profile: Mapping[str, str]) -> None:
         super().__init__()
         self.device = torch.device(profile["device"])
         self.dtype = getattr(torch, profile["dtype"])
-        # Eager attention: on the CPU its backward pass beats scaled-dot-product attention's at these lengths.
-        attention = "eager" if self.device.type == "cpu" else "sdpa"
-        self.model = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
-        self.decoder = _RowsOfDecoder(self.model.get_output_embeddings())
-        self.model.set_output_embeddings(self.decoder)
+        self.model = _load(path, self.device)
+        self.decoder: _RowsOfDecoder | None = None
         self._at: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.model.eval()
+        self.shortcut = self._take_shortcut()
+        self.to(self.device).eval()
+
+    def _take_shortcut(self) -> Shortcut:
+        """The shortest way whose logits are the full forward pass's, on a few made-up rows."""
+        vocabulary = int(self.model.config.vocab_size)
+        # Ids from the middle of the vocabulary: special tokens, which some families count or skip, lie at its ends.
+        ids = (vocabulary // 2 + torch.arange(14).reshape(2, 7) * 3) % vocabulary
+        attention = torch.ones_like(ids)
+        attention[1, 5:] = 0
+        rows, columns, words = torch.tensor([0, 1, 1]), torch.tensor([6, 0, 4]), torch.tensor([1, vocabulary // 2])
+        with torch.inference_mode():
+            full = self.model(input_ids=ids, attention_mask=attention).logits[rows, columns]
+
+        def is_right() -> bool:
+            try:
+                with torch.inference_mode():
+                    found = self.logits_at(ids, attention, rows, columns, words)
+            except Exception:  # whatever a head that was not made for this does
+                return False
+            return found.shape == (3, 2) and torch.allclose(found, full[:, words], rtol=1e-4, atol=1e-4)
+
         # Through a weak reference: a hook that holds its owner would keep every model alive until the garbage
         # collector's next full round, and cross-validation makes many.
         gather = weakref.WeakMethod(self._gather)
-        self.model.base_model.register_forward_hook(lambda *call: gather()(*call))  # type: ignore[misc]
-        self.to(self.device).eval()
+        hook = self.model.base_model.register_forward_hook(lambda *call: gather()(*call))  # type: ignore[misc]
+        self.shortcut = "positions"
+        if not is_right():
+            hook.remove()
+            return "none"
+        plain = self.model.get_output_embeddings()
+        if isinstance(plain, nn.Linear) and plain.out_features == vocabulary:
+            self.shortcut, self.decoder = "label words", _RowsOfDecoder(plain)
+            _swap(self.model, plain, self.decoder)
+            if is_right():
+                return "label words"
+            _swap(self.model, self.decoder, plain)
+            self.decoder = None
+        return "positions"
 
     def _gather(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         rows, columns = self._at  # type: ignore[misc]
-        output["last_hidden_state"] = output[0][rows, columns]
+        output["last_hidden_state"] = output[0][rows, columns].float()
         return output
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Inference in the numbers that the profile asks for; the label words stay exact."""
+        if self.decoder is not None:
+            bias = self.decoder.bias
+            self.decoder.exact = (self.decoder.weight.data, None if bias is None else bias.data)
+        try:
+            # A head that is handed the word embeddings, or takes what no hook has made fp32, needs all in one format.
+            dtype = self.dtype if self.shortcut == "label words" else torch.float32
+            with scoring(self, self.model.base_model, dtype):
+                yield
+        finally:
+            if self.decoder is not None:
+                self.decoder.exact = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The numbers that the profile asks for; master weights stay fp32."""
@@ -111,12 +200,18 @@ class ClozeModel(nn.Module):
         Returns:
             float ``[*positions, words]``.
         """
-        self._at, self.decoder.rows = (rows, columns), words
+        self._at = (rows, columns)
+        if self.decoder is not None:
+            self.decoder.rows = words
         try:
             logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         finally:
-            self._at = self.decoder.rows = None
-        return logits
+            self._at = None
+            if self.decoder is not None:
+                self.decoder.rows = None
+        if self.shortcut == "none":
+            logits = logits[rows, columns]
+        return logits if words is None or self.decoder is not None else logits[..., words].float()
 
     def save_delta(self, path: Path) -> None:
         """Write the tensors that differ from the base model's into a directory."""
@@ -131,6 +226,14 @@ class ClozeModel(nn.Module):
         with torch.no_grad():
             for name, tensor in load_file(path / _DELTA).items():
                 own[name].copy_(tensor)
+
+
+def _swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in another's place; `set_output_embeddings` of some families does more than that."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
 
 
 class WordScorer:
@@ -210,17 +313,16 @@ class WordScorer:
         scores = np.zeros((rows, len(self.verbalizer.words)), dtype=np.float32)
         pad_id = self.model.model.config.pad_token_id or 0
         done, total = 0, rows * len(encoded)
-        self.model.eval()
-        for inputs in encoded.values():
-            for batch in by_length([len(row) for row in inputs.input_ids]):
-                ids, attention = pad([inputs.input_ids[i] for i in batch], pad_id, self.model.device)
-                at = torch.from_numpy(inputs.mask_at[batch].astype(np.int64)).to(self.model.device)
-                with torch.inference_mode(), self.model.autocast():
+        with self.model.scoring():
+            for inputs in encoded.values():
+                for batch in by_length(inputs.tokens.lengths):
+                    ids, attention = pad(inputs.tokens, batch, pad_id, self.model.device)
+                    at = torch.from_numpy(inputs.mask_at[batch]).to(self.model.device)
                     numbers, part = self.word_scores(ids, attention, at)
-                scores[np.ix_(batch, numbers.cpu().numpy())] = part.float().cpu().numpy()
-                done += len(batch)
-                if progress:
-                    progress(done, total)
+                    scores[np.ix_(batch, numbers.cpu().numpy())] = part.float().cpu().numpy()
+                    done += len(batch)
+                    if progress:
+                        progress(done, total)
         return scores
 
     def calibrate(self, scores: Floats) -> None:

@@ -21,6 +21,7 @@ from pipeline.settings import Settings
 
 # One directory for everybody on the machine: what it guards is the machine's, not a user's.
 _LOCKS = Path("/tmp/clozeline-devices")
+_COMPUTE_CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR of cuda.h
 
 
 @functools.cache
@@ -50,6 +51,22 @@ def cpu_multiplies_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+@functools.cache
+def cuda_multiplies_bf16() -> bool:
+    """Whether the first CUDA device multiplies bf16 in hardware; taken for granted where this machine has none.
+
+    From compute capability 8 on (Ampere). Older ones take bf16 and emulate it, slower than fp32.
+    """
+    if not cuda_devices():
+        return True
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, major = ctypes.c_int(0), ctypes.c_int(0)
+    asked = driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetAttribute(
+        ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device
+    )
+    return asked == 0 and major.value >= 8
+
+
 def numeric_profile(dtype: str = "auto") -> dict[str, str]:
     """What the bytes of a model's output depend on besides its input.
 
@@ -62,7 +79,8 @@ def numeric_profile(dtype: str = "auto") -> dict[str, str]:
     if device == "auto":
         device = "cuda" if cuda_devices() else "cpu"
     if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" or cpu_multiplies_bf16() else "float32"
+        in_hardware = cuda_multiplies_bf16() if device == "cuda" else cpu_multiplies_bf16()
+        dtype = "bfloat16" if in_hardware else "float32"
     return {"device": device, "dtype": dtype, "torch": ".".join(version("torch").split(".")[:2])}
 
 

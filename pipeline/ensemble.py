@@ -6,7 +6,7 @@ averaged with weights. Soft labels are kept at temperature 1: the distillation l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,34 @@ def blend(log_probabilities: Sequence[Floats], weights: Doubles) -> Floats:
     for part, weight in zip(log_probabilities, weights, strict=True):
         total += weight * np.exp(part.astype(np.float64))
     return np.asarray(total / total.sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+def soft_labels(
+    log_probabilities: Sequence[Floats],
+    accuracies: Sequence[float | None],
+    counts: npt.NDArray[np.int64],
+    settings: Mapping[str, str],
+) -> tuple[Floats, Doubles]:
+    """Weigh annotators and blend them.
+
+    Args:
+        log_probabilities: float32 ``[rows, labels]`` of each annotator.
+        accuracies: cross-validated, one an annotator; None where there was no cross-validation.
+        counts: int64 ``[labels]``, the labelled rows of each label.
+        settings: the task's section ``ensemble``.
+
+    Returns:
+        float32 ``[rows, labels]``, each row summing to one, and the weights.
+    """
+    if settings["weights"] == "uniform":
+        weights = np.full(len(accuracies), 1 / len(accuracies))
+    else:
+        weights = shrunk_weights(accuracies, int(counts.sum()))
+    soft = blend(log_probabilities, weights)
+    if settings["prior"] == "labelled" and counts.any():
+        smoothed = counts + 1.0  # none is zero
+        soft = match_prior(soft, smoothed / smoothed.sum())
+    return soft, weights
 
 
 def majority(log_probabilities: Sequence[Floats]) -> npt.NDArray[np.int64]:

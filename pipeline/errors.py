@@ -6,6 +6,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+
 
 class ClozelineError(Exception):
     """Something failed that the user's input did not cause."""
@@ -29,6 +37,48 @@ class InputError(ClozelineError):
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions with keyword arguments do not pickle by themselves, and Prefect moves them about.
         return (_rebuild_input_error, (self.problem, self.where, self.fix))
+
+
+def _no_room(error: Exception) -> bool:
+    """Whether an error says that a disk is full; by its text, since Rust's and Arrow's have no number."""
+    return any(sign in str(error) for sign in _NO_ROOM)
+
+
+@contextmanager
+def room(where: str | Path, fix: str) -> Iterator[None]:
+    """Tell a full disk, from whatever library, as the user's to mend.
+
+    Args:
+        where: the directory that a block writes below.
+        fix: what may help beside making room.
+
+    Raises:
+        InputError: there is no room left.
+    """
+    try:
+        yield
+    except ClozelineError:
+        raise
+    except Exception as error:
+        if not _no_room(error):
+            raise
+        raise InputError("the disk is full", where=str(where), fix=f"free some space, or {fix}") from error
+
+
+@contextmanager
+def writing(what: str, where: str | Path, fix: str) -> Iterator[None]:
+    """Tell whatever keeps a block from writing as the user's to mend; it must do nothing with files but write them.
+
+    Raises:
+        InputError: it can't write.
+    """
+    with room(where, fix):
+        try:
+            yield
+        except OSError as error:
+            if _no_room(error):
+                raise
+            raise InputError(f"can't write {what}: {error}", where=str(where), fix=fix) from error
 
 
 def _rebuild_input_error(problem: str, where: str | None, fix: str | None) -> InputError:
@@ -77,3 +127,7 @@ class StorageTrouble(ClozelineError):
 
 class LeaseLost(StorageTrouble):
     """A lease was taken over by another process, since it had not been renewed in time."""
+
+
+class VersionHeld(ClozelineError):
+    """A version was written and looks worse than the one in force, which stays until somebody promotes it."""

@@ -11,10 +11,12 @@ registered never loses what it looks for afterwards.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+
+import pyarrow as pa
 
 from pipeline import locations
 from pipeline.errors import InputError
@@ -22,6 +24,7 @@ from pipeline.inventory import Inventory, Litter, Stored, take_inventory
 from pipeline.leases import lease, locked
 from pipeline.remote_store import LEASES, RemoteStore
 from pipeline.store import LOCKS, Store
+from pipeline.tables import holds_content
 
 _DAY = 86_400.0
 _UNFINISHED_DAYS = 7
@@ -107,6 +110,58 @@ def collect(store: Store, keep: int) -> Collection:
     return Collection(removed, [*plan.stays, *busy], plan.litter)
 
 
+def holding(store: Store, contents: Iterable[str]) -> list[Stored]:
+    """The artifacts that hold a text, and those that can't be read to make sure that they don't.
+
+    Args:
+        store: the store; nothing is written to it.
+        contents: content hashes.
+
+    Raises:
+        StorageTrouble: the storage did not answer.
+    """
+    return _holding(take_inventory(store), contents)
+
+
+def _holding(inventory: Inventory, contents: Iterable[str]) -> list[Stored]:
+    wanted = set(contents)
+    return [stored for stored in inventory.artifacts(inventory.uses()) if _holds(inventory.store, stored, wanted)]
+
+
+def _holds(store: Store, stored: Stored, contents: set[str]) -> bool:
+    artifact = store.find(*stored.reference)
+    if artifact is None:
+        return True  # damaged, and of no use to anybody
+    names = [name for name in artifact.manifest["files"] if name.endswith(".parquet")]
+    try:
+        return any(holds_content(store.file(artifact, name), contents) for name in names)
+    except (OSError, pa.ArrowException):
+        return True
+
+
+def discard_texts(store: Store, contents: Iterable[str]) -> list[Stored]:
+    """Remove the artifacts that hold a text, and what killed builders left, which may hold it; see `holding`.
+
+    Returns:
+        The artifacts. Whatever needs one builds it again.
+
+    Raises:
+        InputError: the store can't be written.
+        StorageTrouble: the storage did not answer.
+    """
+    with _alone(store) as check:
+        inventory = take_inventory(store)
+        _refuse_without_times(inventory)
+        found = _holding(inventory, contents)
+        for stored in found:
+            check()
+            if not inventory.discard(stored):  # somebody is at it
+                store.discard(*stored.reference)
+        check()
+        inventory.sweep([litter.name for litter in inventory.litter()])
+    return found
+
+
 @contextmanager
 def _alone(store: Store) -> Iterator[Callable[[], None]]:
     """Exclude other collections, and work that wants to register, meanwhile."""
@@ -118,14 +173,18 @@ def _alone(store: Store) -> Iterator[Callable[[], None]]:
             yield lambda: None
 
 
-def _plan(inventory: Inventory, keep: int) -> Collection:
-    # Whether a use, a lease or an upload is alive shows in its age alone.
+def _refuse_without_times(inventory: Inventory) -> None:
+    """Whether a use, a lease or an upload is alive shows in its age alone."""
     if isinstance(inventory.store, RemoteStore) and not all(entry.modified for entry in inventory.files.values()):
         raise InputError(
             "this storage does not tell when files were written, so that nobody knows what is in use",
             where=inventory.store.location,
             fix="keep the store where it is told (a disk, S3), or delete all of it while nothing runs",
         )
+
+
+def _plan(inventory: Inventory, keep: int) -> Collection:
+    _refuse_without_times(inventory)
     uses = inventory.uses()
     reasons, outdated = inventory.releases(keep)
     plan = Collection(litter=[*outdated, *inventory.litter()])

@@ -278,6 +278,17 @@ def remove(urls: Iterable[str]) -> None:
         list(pool.map(remove_one, urls))
 
 
+def inside(root: Path, name: str) -> Path:
+    """The path of a name that came from a listing or a manifest, which must not lead out of its root.
+
+    Raises:
+        InputError: it does.
+    """
+    if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
+        raise InputError(f"the name {name!r} leads out of its directory", where=str(root), fix="remove what has it")
+    return root / name
+
+
 def entries(url: str) -> dict[str, Entry]:
     """Every file below a URL, by its name relative to it, in order; nothing where there is nothing."""
     fs, path = filesystem(url)

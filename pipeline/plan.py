@@ -8,7 +8,7 @@ no paths, no worker, no log level.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,28 +16,31 @@ from typing import Any
 
 from pipeline.base_model import BaseModel, resolve_base_model
 from pipeline.device import numeric_profile
-from pipeline.publishing import latest_manifest, release_path
+from pipeline.ipet import selection_seed, teachers
+from pipeline.publishing import release_path
 from pipeline.store import Store, key_of, sha256_of
-from pipeline.tables import open_parquet
+from pipeline.tables import first_rows, open_parquet
 from pipeline.task import Task
+from pipeline.versions import newest_manifest, read_forgotten
 
 # Bumped when a stage's meaning changes, so that what older code left is not taken for its work.
 STAGE_VERSIONS = {
     "ingest": 1,
-    "prepare": 1,
-    "sample": 1,
-    "fit": 2,
-    "annotate": 1,
+    "prepare": 2,
+    "sample": 2,
+    "fit": 3,
+    "annotate": 2,
+    "select": 1,
     "blend": 1,
     "distill": 2,
-    "label": 1,
-    "route": 1,
+    "label": 2,
+    "route": 2,
     "evaluate": 1,
     "release": 1,
 }
 # Stages that read texts and labels of a file and nothing else of it: what is carried along, or how ids are made,
 # must not refit a model.
-_READ_TEXTS_ALONE = frozenset({"sample", "fit", "annotate", "blend", "distill", "label", "evaluate"})
+_READ_TEXTS_ALONE = frozenset({"sample", "fit", "annotate", "select", "blend", "distill", "label", "evaluate"})
 ON_DEVICE = frozenset({"fit", "annotate", "distill", "label"})
 # Floating-point operations a second that the stages reach, measured with the embedded model on two cores (bf16
 # in hardware and fp32); for a GPU a guess.
@@ -62,6 +65,7 @@ class Call:
         label: what it is doing, for people.
         flops: floating-point operations expected, 0 for stages without a model.
         texts: for a user's file, what its texts and labels depend on.
+        generation: for what trains and uses annotators, which of iPET's generations it is; never part of the key.
     """
 
     stage: str
@@ -71,6 +75,7 @@ class Call:
     label: str = ""
     flops: float = 0.0
     texts: Mapping[str, Any] | None = None
+    generation: int = 0
 
     @cached_property
     def text_key(self) -> str:
@@ -151,36 +156,43 @@ class Plan:
         return (1.3 if call.on_device else 0.3) + call.flops / float(rate)
 
 
-def build_plan(task: Task, base: BaseModel, previous: Mapping[str, Any] | None = None) -> Plan:
+def build_plan(
+    task: Task, base: BaseModel, previous: Mapping[str, Any] | None = None, forgotten: Sequence[str] = ()
+) -> Plan:
     """Plan a run.
 
     Args:
         task: what to do.
         base: its base model.
-        previous: the manifest of the release that is there already; its transfer set is kept (see `_drawn_from`).
+        previous: the manifest of the release that is there already; its transfer set is kept (see `_Planner.sample`).
+        forgotten: content hashes of the texts that are left out.
 
     Raises:
         InputError: a file can't be read.
     """
-    return _Planner(task, base, previous).plan()
+    return _Planner(task, base, previous, forgotten).plan()
 
 
 def plan_run(task: Task, out: str | None) -> Plan:
-    """Plan a run of a task, given what was released already at its release path.
+    """Plan a run of a task, given what was released, and forgotten, at its release path.
 
     Raises:
         InputError: the base model or a file can't be read.
     """
-    base = resolve_base_model(task.base_model, task.root)
-    return build_plan(task, base, latest_manifest(release_path(task, out)))
+    base, release = resolve_base_model(task.base_model, task.root), release_path(task, out)
+    return build_plan(task, base, newest_manifest(release), read_forgotten(release).contents)
 
 
 class _Planner:
-    def __init__(self, task: Task, base: BaseModel, previous: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, task: Task, base: BaseModel, previous: Mapping[str, Any] | None, forgotten: Sequence[str]
+    ) -> None:
         self.task, self.base, self.previous = task, base, previous
         self.training, self.student = task.resolved("training"), task.resolved("student")
         self.profile = numeric_profile(self.training["dtype"])
         self.labels = task.label_names
+        # Where nothing was forgotten the keys are as if nothing could be.
+        self.forgotten = {"forgotten": sorted(forgotten)} if forgotten else {}
         self.where = {"base": task.source_of(base.path), "base_name": base.name}
         self.calls: dict[str, Call] = {}
 
@@ -219,7 +231,7 @@ class _Planner:
         prepare = self.add(
             Call(
                 "prepare",
-                {"ids": inputs.id is not None},
+                {"ids": inputs.id is not None, **self.forgotten},
                 {**numbered, **sets},
                 {"names": _short_names(files)},
             )
@@ -228,32 +240,22 @@ class _Planner:
         cap = task.sample.rows_per_label * len(self.labels)
         transfer_rows = min(sum(rows.values()), cap)
         tokens = characters / _CHARACTERS_PER_TOKEN
-        members = self.members(sets, sample, tokens)
         forward = 2 * self.base.encoder_parameters
-
-        def annotate(rows_of: Call, suffix: str, count: int) -> dict[str, Call]:
-            calls = {}
-            for i, (name, fit) in enumerate(members.items()):
-                length = min(tokens + 10, self.training["max_length"])
-                calls[f"annotate:{i:03d}"] = self.add(
-                    Call(
-                        "annotate",
-                        {"profile": self.profile},
-                        {"fit": fit, "rows": rows_of},
-                        self.where,
-                        f"{name} on {suffix}",
-                        count * length * forward,
-                    )
-                )
-            return calls
-
+        labelled = {name: call for name, call in sets.items() if name == "labelled"}
+        members = self.members(labelled, sample, tokens)
+        # Weights and cross-validation are generation 0's (see `pipeline.stages.fit`).
         fits = {f"fit:{i:03d}": fit for i, fit in enumerate(members.values())}
-        scored = annotate(sample, "transfer", transfer_rows)
+        scored = self.annotate(members, sample, "transfer", transfer_rows, tokens)
+        for generation in range(1, task.ipet.generations + 1):
+            drawn = self.select(generation, fits, scored, labelled, sample)
+            members = self.members(labelled, sample, tokens, generation, drawn)
+            scored = self.annotate(members, sample, "transfer", transfer_rows, tokens)
         blend = self.add(
             Call(
                 "blend",
                 {"ensemble": task.ensemble.model_dump(), "labels": self.labels},
-                {**scored, **fits, **{k: v for k, v in sets.items() if k == "labelled"}},
+                {**scored, **fits, **labelled},
+                {"members": list(members)},  # for messages alone
             )
         )
         read = min(tokens + 2, self.training["max_length"])
@@ -269,7 +271,7 @@ class _Planner:
                     "base": self.base.weights,
                     "profile": self.profile,
                 },
-                {"blend": blend, "sample": sample, **{k: v for k, v in sets.items() if k == "labelled"}},
+                {"blend": blend, "sample": sample, **labelled},
                 self.where,
                 flops=3 * forward * 1.4 * self.student["steps"] * self.student["batch_size"] * read,
             )
@@ -298,11 +300,13 @@ class _Planner:
                 label="review queue",
             )
         )
-        queued = annotate(route, "queue", 2 * budget)
+        queued = self.annotate(members, route, "queue", 2 * budget, tokens)
         evaluated: dict[str, Call] = {**fits, "blend": blend}
         if "test" in sets:
             count = open_parquet(task.path(inputs.test or "")).metadata.num_rows
-            evaluated |= annotate(sets["test"], "test", count) | {"student": label(sets["test"], count)}
+            evaluated |= self.annotate(members, sets["test"], "test", count, tokens) | {
+                "student": label(sets["test"], count)
+            }
         evaluate = self.add(Call("evaluate", {"labels": self.labels, "members": list(members)}, {**evaluated, **sets}))
         release = Call(
             "release",
@@ -321,7 +325,7 @@ class _Planner:
                 **numbered,
                 **labelled_shards,
                 **queued,
-                **{k: v for k, v in sets.items() if k == "labelled"},
+                **labelled,
                 "prepare": prepare,
                 "sample": sample,
                 "blend": blend,
@@ -346,6 +350,7 @@ class _Planner:
             "preset": task.preset,
             "training": self.training,
             "ensemble": task.ensemble.model_dump(),
+            **({"ipet": task.ipet.model_dump()} if task.ipet.generations else {}),
             "sample": task.sample.model_dump(),
             "student": {**self.student, "template": task.student_template},
             "profile": self.profile,
@@ -365,41 +370,103 @@ class _Planner:
         source.sort(key=lambda call: call.text_key)
         inputs = {f"shard:{i:06d}": shard for i, shard in enumerate(source)}
         cap = self.task.sample.rows_per_label * len(self.labels)
-        return self.add(Call("sample", {"rows": cap}, {**inputs, **sets}, label="transfer set"))
+        return self.add(Call("sample", {"rows": cap, **self.forgotten}, {**inputs, **sets}, label="transfer set"))
 
-    def members(self, sets: Mapping[str, Call], sample: Call, tokens: float) -> dict[str, Call]:
-        """The ensemble: one fit a pattern and seed."""
+    def members(
+        self,
+        labelled: Mapping[str, Call],
+        sample: Call,
+        tokens: float,
+        generation: int = 0,
+        drawn: Mapping[str, Call] | None = None,
+    ) -> dict[str, Call]:
+        """The ensemble: one fit a pattern and seed, with drawn rows for each from generation 1 on."""
         shared = {key: value for key, value in self.training.items() if key != "dtype"}
-        if "labelled" not in sets:  # nothing is trained, so that no setting of training changes a byte
+        if generation:
+            shared["folds"] = 0
+        elif not labelled:  # nothing is trained, so that no setting of training changes a byte
             shared |= {"steps": 0, "folds": 0, "batch_size": 1, "learning_rate": 0.0, "mlm_alpha": 0.0, "dropout": None}
         if shared["mlm_alpha"] == 0:
             shared["mlm_batch_size"] = 0
-        inputs = {"sample": sample, **{k: v for k, v in sets.items() if k == "labelled"}}
         length = min(tokens + 10, self.training["max_length"])
         batch = shared["batch_size"] + (shared["mlm_batch_size"] if shared["mlm_alpha"] else 0)
         steps = shared["steps"] * (1 + shared["folds"])
         fits = {}
         for name, annotator, seed in self.task.members():
+            spec = {
+                **shared,
+                "method": "pet",
+                "pattern": annotator.pattern,
+                "words": [[label, words] for label, words in self.task.words_of(annotator).items()],
+                "labels": self.labels,
+                "seed": seed if labelled or generation else 0,
+                "base": self.base.weights,
+                "profile": self.profile,
+            }
             fits[name] = self.add(
                 Call(
                     "fit",
-                    {
-                        **shared,
-                        "method": "pet",
-                        "pattern": annotator.pattern,
-                        "words": [[label, words] for label, words in self.task.words_of(annotator).items()],
-                        "labels": self.labels,
-                        "seed": seed,
-                        "base": self.base.weights,
-                        "profile": self.profile,
-                    },
-                    inputs,
+                    spec,
+                    {"sample": sample, **labelled, **({"drawn": drawn[name]} if drawn else {})},
                     self.where,
-                    name,
+                    _titled(name, generation),
                     6 * self.base.encoder_parameters * steps * batch * length * 1.4,
+                    generation=generation,
                 )
             )
         return fits
+
+    def annotate(
+        self, members: Mapping[str, Call], rows_of: Call, suffix: str, count: int, tokens: float
+    ) -> dict[str, Call]:
+        """The scores that each member gives rows."""
+        length = min(tokens + 10, self.training["max_length"])
+        return {
+            f"annotate:{i:03d}": self.add(
+                Call(
+                    "annotate",
+                    {"profile": self.profile},
+                    {"fit": fit, "rows": rows_of},
+                    self.where,
+                    f"{_titled(name, fit.generation)} on {suffix}",
+                    count * length * 2 * self.base.encoder_parameters,
+                    generation=fit.generation,
+                )
+            )
+            for i, (name, fit) in enumerate(members.items())
+        }
+
+    def select(
+        self,
+        generation: int,
+        fits: Mapping[str, Call],
+        scored: Mapping[str, Call],
+        labelled: Mapping[str, Call],
+        sample: Call,
+    ) -> dict[str, Call]:
+        """The rows that each member's next generation learns from, by what some of the others say of them."""
+        members, ipet = list(self.task.members()), self.task.ipet
+        first = generation == 1 and not labelled  # its size is fixed
+        calls = {}
+        for i, (name, annotator, number) in enumerate(members):
+            seed = selection_seed(annotator.pattern, number, generation)
+            chosen = teachers(i, len(members), ipet.share, seed)
+            names = [f"{stage}:{teacher:03d}" for stage in ("annotate", "fit") for teacher in chosen]
+            spec = {
+                "ensemble": self.task.ensemble.model_dump(),
+                "labels": self.labels,
+                "generation": generation,
+                "growth": 1.0 if first else ipet.growth,
+                "seed": seed,
+            }
+            inputs = {**{name: {**scored, **fits}[name] for name in names}, "sample": sample, **labelled}
+            calls[name] = self.add(Call("select", spec, inputs, label=_titled(name, generation)))
+        return calls
+
+
+def _titled(name: str, generation: int) -> str:
+    """An annotator's name for people."""
+    return f"{name} generation {generation}" if generation else name
 
 
 def _short_names(files: list[Path]) -> list[str]:
@@ -415,7 +482,7 @@ def _mean_characters(file: Path, columns: list[str]) -> float:
     """The mean length of the first rows' text, for estimates."""
     parquet = open_parquet(file)
     known = [column for column in columns if column in parquet.schema_arrow.names]
-    batch = next(parquet.iter_batches(256, columns=known), None)
+    batch = first_rows(parquet, known, str(file), 256)
     if batch is None or batch.num_rows == 0:
         return 0.0
     lengths = (len(str(value)) for column in batch.columns for value in column.to_pylist() if value is not None)

@@ -14,10 +14,11 @@ import pyarrow as pa
 
 from pipeline import locations, tables, transfer
 from pipeline.device import numeric_profile
-from pipeline.errors import InputError
+from pipeline.errors import InputError, writing
 from pipeline.settings import Settings
 from pipeline.student import SETTINGS, Student, shifted
 from pipeline.tables import ColumnRoles
+from pipeline.versions import version_in_force
 
 ADDED = ("predicted", "predicted_name", "predicted_confidence", "predicted_probs")
 
@@ -44,19 +45,15 @@ def find_student(path: Path | str) -> Path:
 
 def _local_student(path: Path) -> Path | None:
     candidates = [path, path / "model"]
-    try:
-        latest = (path / "LATEST").read_text(encoding="utf-8").strip()
-        candidates.append(path / "versions" / latest / "model")
-    except OSError:
-        pass
+    if (version := version_in_force(path)) is not None:
+        candidates.append(Path(version, "model"))
     return next((candidate for candidate in candidates if (candidate / SETTINGS).is_file()), None)
 
 
 def _remote_student(url: str) -> Path | None:
     candidates = [url, locations.join(url, "model")]
-    latest = locations.read(locations.join(url, "LATEST"))
-    if latest is not None:
-        candidates.append(locations.join(url, "versions", latest.decode().strip(), "model"))
+    if (version := version_in_force(url)) is not None:
+        candidates.append(locations.join(version, "model"))
     for candidate in candidates:
         if locations.read(locations.join(candidate, SETTINGS)) is not None:
             return transfer.fetch_tree(candidate, Settings().cache_path)
@@ -90,7 +87,8 @@ def predict_file(
         The number of rows.
 
     Raises:
-        InputError: the file can't be read, lacks a text column, or has a column that would be added.
+        InputError: the file can't be read, lacks a text column, or has a column that would be added; or the target
+            can't be written.
     """
     from datasets import ClassLabel, Features, List, Value
 
@@ -98,8 +96,7 @@ def predict_file(
     settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
     loaded = Student.load(directory, numeric_profile(settings["dtype"]))
     file = tables.open_parquet(source)
-    columns = loaded.template.columns
-    tables.check_columns(file, ColumnRoles(columns), str(source))
+    tables.check_columns(file, ColumnRoles(loaded.template.columns), str(source))
     for name in ADDED:
         if name in file.schema_arrow.names:
             raise InputError(f"the file has a column {name!r} already", where=str(source), fix="rename it")
@@ -112,28 +109,35 @@ def predict_file(
         }
     )
     schema = pa.schema([*file.schema_arrow, *added.arrow_schema], metadata=_footer(file.schema_arrow, added))
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    done, total = 0, file.metadata.num_rows
-    try:
-        with tables.parquet_writer(temporary, schema) as writer:
-            for batch in file.iter_batches(tables.BATCH_ROWS):
-                texts = {
-                    name: ["" if text is None else text for text in tables.as_strings(batch.column(name)).to_pylist()]
-                    for name in columns
-                }
-                probabilities = np.exp(loaded.log_probabilities(texts, shifted(progress, done, total)))
-                chosen = probabilities.argmax(axis=1)
-                arrays = [
-                    *batch.columns,
-                    pa.array(chosen, pa.int64()),
-                    pa.array([loaded.labels[i] for i in chosen], pa.string()),
-                    pa.array(probabilities.max(axis=1), pa.float32()),
-                    tables.to_lists(probabilities),
-                ]
-                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-                done += batch.num_rows
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return done
+    total = int(file.metadata.num_rows)
+    with writing("the labelled rows", target, "choose another OUT.parquet"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with tables.parquet_writer(temporary, schema) as writer:
+                done = 0
+                for batch in tables.batches_of(file, None, str(source)):
+                    arrays = _labelled(loaded, batch, shifted(progress, done, total))
+                    writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+                    done += batch.num_rows
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return total
+
+
+def _labelled(student: Student, batch: pa.RecordBatch, progress: Callable[[int, int], None]) -> list[pa.Array]:
+    """The columns of some rows, and those that are added."""
+    texts = {
+        name: ["" if text is None else text for text in tables.as_strings(batch.column(name)).to_pylist()]
+        for name in student.template.columns
+    }
+    probabilities = np.exp(student.log_probabilities(texts, progress))
+    chosen = probabilities.argmax(axis=1)
+    return [
+        *batch.columns,
+        pa.array(chosen, pa.int64()),
+        pa.array([student.labels[i] for i in chosen], pa.string()),
+        pa.array(probabilities.max(axis=1), pa.float32()),
+        tables.to_lists(probabilities),
+    ]

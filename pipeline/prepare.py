@@ -1,4 +1,4 @@
-"""The view over all files at once: which ids repeat between them, which rows are labelled already.
+"""The view over all files at once: which ids repeat between them, which rows are left out.
 
 What it finds is small (a row number and an id for each repeated or excluded row), so that the files' own
 artifacts stay as they are when another file joins them.
@@ -6,25 +6,34 @@ artifacts stay as they are when another file joins them.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline import tables
 from pipeline.errors import InputError
+from pipeline.ragged import Numbers, offsets_of
+from pipeline.repeats import Hashes, find_repeats, gather, hashes_of_hex, hashes_of_texts, hex_of
 from pipeline.tables import Rows
 
-Hashes = npt.NDArray[np.uint64]
+_RENAMES = pa.schema([("shard", pa.int64()), ("row", pa.int64()), ("row_id", pa.string())])
+_EXCLUDED = pa.schema([("shard", pa.int64()), ("row", pa.int64())])
 
 
 def prepare_rows(
-    shards: Sequence[Rows], sets: Mapping[str, Rows], out: Path, *, names: Sequence[str], given_ids: bool
+    shards: Sequence[Rows],
+    sets: Mapping[str, Rows],
+    out: Path,
+    *,
+    names: Sequence[str],
+    given_ids: bool,
+    forgotten: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write ``renames.parquet`` (shard, row, row_id) and ``excluded.parquet`` (shard, row).
 
@@ -34,6 +43,7 @@ def prepare_rows(
         out: a directory.
         names: the files' names, for messages.
         given_ids: whether ids come from the user's column; then a repeated one is an error.
+        forgotten: the content hashes of texts that are left out as labelled ones are.
 
     Returns:
         Counts.
@@ -41,103 +51,112 @@ def prepare_rows(
     Raises:
         InputError: two files hold the same id.
 
-    Memory: 8 bytes a row.
+    What grows with the rows lies in nameless files below ``out`` while this runs: 24 bytes a row.
     """
-    contents = [_content_hashes(rows) for rows in shards]
+    offsets = offsets_of([rows.count for rows in shards])
     if given_ids:
-        _refuse_repeated_ids(shards, names)
-        renamed: list[tuple[int, int, str]] = []
+        _refuse_repeated_ids(shards, names, out)
+        tables.write_table(out / "renames.parquet", _RENAMES.empty_table())
+        renamed = 0
     else:
-        renamed = _renames(shards, contents)
-    excluded = [np.zeros(0, dtype=np.int64) for _ in shards]
-    counts = {}
-    for name, rows in sets.items():
-        known = np.unique(_content_hashes(rows))
-        at = [np.flatnonzero(np.isin(content, known)) for content in contents]
-        counts[f"{name}_in_pool"] = int(sum(len(rows_at) for rows_at in at))
-        if name == "labelled":
-            excluded = at
-    overlap = (
-        int(np.isin(_content_hashes(sets["test"]), _content_hashes(sets["labelled"])).sum()) if len(sets) == 2 else 0
-    )
-    renames = pa.table(
-        {
-            "shard": pa.array([shard for shard, _, _ in renamed], pa.int64()),
-            "row": pa.array([row for _, row, _ in renamed], pa.int64()),
-            "row_id": pa.array([row_id for _, _, row_id in renamed], pa.string()),
-        }
-    )
-    tables.write_table(out / "renames.parquet", renames)
-    numbers = np.concatenate([np.full(len(rows_at), i) for i, rows_at in enumerate(excluded)])
-    tables.write_table(
-        out / "excluded.parquet",
-        pa.table({"shard": pa.array(numbers, pa.int64()), "row": pa.array(np.concatenate(excluded), pa.int64())}),
-    )
-    rows_in_all = int(sum(len(content) for content in contents))
-    return {"rows": rows_in_all, "renamed": len(renamed), "labelled_in_test": overlap, **counts}
+        renamed = _write_renames(shards, offsets, out)
+    known = {name: np.unique(hashes_of_hex(rows.read(["content_hash"]).column(0))) for name, rows in sets.items()}
+    if forgotten:
+        known["forgotten"] = hashes_of_hex(pa.array(forgotten, pa.string()))
+    counts = {f"{name}_in_pool": 0 for name in known}
+    with tables.parquet_writer(out / "excluded.parquet", _EXCLUDED) as writer:
+        for number, rows in enumerate(shards):
+            start = 0
+            for hashes in _content_hashes(rows):
+                left_out = np.zeros(len(hashes), dtype=np.bool_)
+                for name, contents in known.items():
+                    mine = np.isin(hashes, contents)
+                    counts[f"{name}_in_pool"] += int(mine.sum())
+                    if name != "test":
+                        left_out |= mine
+                at = np.flatnonzero(left_out)
+                if len(at):
+                    writer.write_batch(pa.record_batch([np.full(len(at), number), at + start], schema=_EXCLUDED))
+                start += len(hashes)
+    overlap = 0
+    if len(sets) == 2:
+        overlap = int(np.isin(hashes_of_hex(sets["test"].read(["content_hash"]).column(0)), known["labelled"]).sum())
+    return {"rows": int(offsets[-1]), "renamed": renamed, "labelled_in_test": overlap, **counts}
 
 
-def _content_hashes(rows: Rows) -> Hashes:
-    parts = [
-        np.fromiter((int(value, 16) for value in batch.column(0).to_pylist()), np.uint64, batch.num_rows)
-        for batch in rows.batches(["content_hash"])
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
+def _content_hashes(rows: Rows) -> Iterator[Hashes]:
+    for batch in rows.batches(["content_hash"]):
+        yield hashes_of_hex(batch.column(0))
 
 
-def _renames(shards: Sequence[Rows], contents: Sequence[Hashes]) -> list[tuple[int, int, str]]:
+def _write_renames(shards: Sequence[Rows], offsets: Numbers, out: Path) -> int:
     """New ids for rows whose text an earlier file holds too: the occurrence counter goes on across files."""
-    distinct, counts = np.unique(np.concatenate([np.unique(content) for content in contents]), return_counts=True)
-    shared = distinct[counts > 1]
-    before: dict[int, int] = {}
-    renamed = []
-    for number, (rows, content) in enumerate(zip(shards, contents, strict=True)):
-        at = np.flatnonzero(np.isin(content, shared))
-        if len(at) == 0:
-            continue
-        hashes = rows.take(at, ["content_hash"]).column(0).to_pylist()
-        here: dict[int, int] = {}
-        for row, text in zip(at, hashes, strict=True):
-            value = int(content[row])
-            here[value] = here.get(value, 0) + 1
-            if value in before:
-                renamed.append((number, int(row), f"{text}-{before[value] + here[value]}"))
-        for value, count in here.items():
-            before[value] = before.get(value, 0) + count
+    contents = gather((hashes for rows in shards for hashes in _content_hashes(rows)), out)
+    overall = find_repeats(contents, out)
+    renamed = 0
+    with tables.parquet_writer(out / "renames.parquet", _RENAMES) as writer:
+        for number, (start, stop) in enumerate(pairwise(offsets)):
+            if number == 0:
+                continue  # nothing comes before
+            within = find_repeats(contents[start:stop], out).occurrence
+            for at in range(0, int(stop - start), tables.BATCH_ROWS):
+                here = slice(start + at, min(start + at + tables.BATCH_ROWS, stop))
+                rows = np.flatnonzero(overall.occurrence[here] != within[at : at + tables.BATCH_ROWS])
+                if len(rows):
+                    values, counts = contents[here][rows].tolist(), overall.occurrence[here][rows].tolist()
+                    ids = [f"{hex_of(value)}-{count}" for value, count in zip(values, counts, strict=True)]
+                    columns = [np.full(len(rows), number), rows + at, pa.array(ids, pa.string())]
+                    writer.write_batch(pa.record_batch(columns, schema=_RENAMES))
+                    renamed += len(rows)
     return renamed
 
 
-def _refuse_repeated_ids(shards: Sequence[Rows], names: Sequence[str]) -> None:
-    hashed = [
-        np.fromiter(
-            (
-                int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest())
-                for batch in rows.batches(["row_id"])
-                for value in batch.column(0).to_pylist()
-            ),
-            np.uint64,
-        )
-        for rows in shards
-    ]
-    distinct, counts = np.unique(np.concatenate(hashed), return_counts=True)
-    repeated = distinct[counts > 1]
+def _refuse_repeated_ids(shards: Sequence[Rows], names: Sequence[str], out: Path) -> None:
+    ids = (batch.column(0).to_pylist() for rows in shards for batch in rows.batches(["row_id"]))
+    found = find_repeats(gather(map(hashes_of_texts, ids), out), out)
+    if not found.groups:
+        return
     seen: dict[str, int] = {}
-    for number, (rows, values) in enumerate(zip(shards, hashed, strict=True)):
-        at = np.flatnonzero(np.isin(values, repeated))
-        for row_id in rows.take(at, ["row_id"]).column(0).to_pylist():
-            if row_id in seen:  # compared as text: two ids with one hash are not the same id
-                raise InputError(
-                    f"the id {row_id!r} is in {names[seen[row_id]]} and in {names[number]}",
-                    where="inputs.unlabelled",
-                    fix="make ids unique over all files, or leave inputs.id out: ids are then made from the text",
-                )
-            seen[row_id] = number
+    start = 0
+    for number, rows in enumerate(shards):
+        for batch in rows.batches(["row_id"]):
+            suspects = np.flatnonzero(found.group[start : start + batch.num_rows] >= 0)
+            start += batch.num_rows
+            for row_id in batch.column(0).take(pa.array(suspects)).to_pylist():
+                if row_id in seen:  # compared as text: two ids with one hash are not the same id
+                    raise InputError(
+                        f"the id {row_id!r} is in {names[seen[row_id]]} and in {names[number]}",
+                        where="inputs.unlabelled",
+                        fix="make ids unique over all files, or leave inputs.id out: ids are then made from the text",
+                    )
+                seen[row_id] = number
 
 
-def renames_of(prepared: Path, shard: int) -> dict[int, str]:
-    """The new ids of one shard's rows, by row number."""
-    import pyarrow.parquet as pq
+class Renames:
+    """The new ids of one shard's rows.
 
-    table = pq.read_table(prepared / "renames.parquet")
-    mine = table.filter(pc.equal(table.column("shard"), shard))
-    return dict(zip(mine.column("row").to_pylist(), mine.column("row_id").to_pylist(), strict=True))
+    Args:
+        prepared: the directory of the prepare stage's artifact.
+        shard: the shard's number.
+    """
+
+    def __init__(self, prepared: Path, shard: int) -> None:
+        table = pq.read_table(prepared / "renames.parquet", filters=[("shard", "=", shard)])
+        self._rows = table.column("row").to_numpy()
+        self._ids = table.column("row_id").combine_chunks()
+
+    def apply(self, ids: pa.Array, start: int) -> pa.Array:
+        """The ids of rows ``start`` and on, renamed."""
+        first, last = np.searchsorted(self._rows, [start, start + len(ids)])
+        if first == last:
+            return ids
+        changed = np.zeros(len(ids), dtype=np.bool_)
+        changed[self._rows[first:last] - start] = True
+        return pc.replace_with_mask(ids, pa.array(changed), self._ids[first:last])
+
+
+def excluded_rows(prepared: Path, shard: int) -> Numbers:
+    """The rows of a shard that are labelled already, or hold a forgotten text, ascending."""
+    table = pq.read_table(prepared / "excluded.parquet", filters=[("shard", "=", shard)])
+    rows: Numbers = table.column("row").to_numpy()
+    return rows

@@ -9,6 +9,7 @@ import numpy as np
 from pipeline import tables
 from pipeline.base_model import resolve_base_model
 from pipeline.cloze import load_tokenizer
+from pipeline.tables import ColumnRoles
 from pipeline.task import Task
 from pipeline.template import Encoder, Template
 from pipeline.verbalizer import Verbalizer
@@ -50,8 +51,10 @@ def preview_task(task: Task, examples: int = 2) -> tuple[int, list[PatternPrevie
     tokenizer = load_tokenizer(base.path)
     training = task.resolved("training")
     encoder = Encoder(tokenizer, min(training["max_length"], base.positions), training["truncation"])
-    file = tables.open_parquet(task.unlabelled_files()[0])
-    batch = next(file.iter_batches(_ROWS, columns=task.inputs.text), None)
+    file = task.unlabelled_files()[0]
+    parquet = tables.open_parquet(file)
+    tables.check_columns(parquet, ColumnRoles(tuple(task.inputs.text)), str(file))
+    batch = tables.first_rows(parquet, task.inputs.text, str(file), _ROWS)
     columns = {
         name: [] if batch is None else [text or "" for text in tables.as_strings(batch.column(name)).to_pylist()]
         for name in task.inputs.text
@@ -64,7 +67,7 @@ def preview_task(task: Task, examples: int = 2) -> tuple[int, list[PatternPrevie
         template = Template.parse(annotator.pattern)
         verbalizer = Verbalizer.resolve(task.words_of(annotator), tokenizer)
         encoded = encoder.encode(template, columns, masks=verbalizer.widths[-1])
-        lengths = np.array([len(row) for row in encoded.input_ids] or [0])
+        lengths = encoded.tokens.lengths if rows else np.zeros(1)
         rendered = [
             template.render({column: columns[column][i] for column in template.columns}, tokenizer.mask_token)
             for i in range(min(examples, rows))

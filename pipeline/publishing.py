@@ -8,27 +8,37 @@ version that is there already.
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline import locations, transfer
-from pipeline.errors import InputError, StorageTrouble
-from pipeline.leases import Lease, lease, locked
+from pipeline.errors import StorageTrouble, VersionHeld, writing
+from pipeline.gate import Measures, reasons_to_hold
+from pipeline.leases import Lease, lease
 from pipeline.release import VERSION
 from pipeline.settings import Settings
-from pipeline.store import MANIFEST, Artifact, sync_tree, write_atomically
-from pipeline.task import Task
+from pipeline.store import MANIFEST, Artifact, sync_tree
+from pipeline.task import Gate, Task
+from pipeline.versions import (
+    NAME,
+    SUCCESS,
+    VERSIONS,
+    below,
+    held_records,
+    hold,
+    latest_name,
+    publishing_lease,
+    put_in_force,
+    read_json,
+    tidy,
+    whole_versions,
+)
 
-SUCCESS, LATEST = "_SUCCESS", "LATEST"
-_VERSIONS = "versions"
-_NAME = re.compile(r"\d{4,}-[0-9a-f]{8}")  # whatever else lies among the versions is somebody else's
+_ELSEWHERE = "choose another --out"
 
 
 @dataclass(frozen=True)
@@ -38,10 +48,12 @@ class Published:
     Attributes:
         path: its directory or URL.
         new: false where it was there already.
+        held: why it is not in force.
     """
 
     path: str
     new: bool
+    held: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -81,108 +93,133 @@ def release_lease(release: str, waiting: Callable[[str], None] | None = None) ->
     here = locations.local_path(release)
     name = str(here / ".run.lock") if here is not None else locations.join(release, ".leases", "run")
     with ExitStack() as stack:
-        try:
+        with writing("the release", release, _ELSEWHERE):
             held = stack.enter_context(lease(name, waiting=waiting))
-        except OSError as error:
-            raise _unwritable(release, error) from error
         yield held
 
 
-def _unwritable(release: str | Path, error: OSError) -> InputError:
-    return InputError(f"can't write the release: {error}", where=str(release), fix="choose another --out")
-
-
-def latest_manifest(release: str | Path) -> dict[str, Any] | None:
-    """The manifest of the version that LATEST names, or None where there is none."""
-    here = locations.local_path(release)
-    try:
-        name = _latest(release)
-        if name is None:
-            return None
-        if here is not None:
-            content: str | bytes | None = (here / _VERSIONS / name / MANIFEST).read_text(encoding="utf-8")
-        else:
-            content = locations.read(locations.join(str(release), _VERSIONS, name, MANIFEST))
-        manifest: dict[str, Any] = json.loads(content or b"")
-    except (OSError, ValueError):
-        return None
-    return manifest
-
-
-def _latest(release: str | Path) -> str | None:
-    """The name of the version in force."""
-    here = locations.local_path(release)
-    if here is None:
-        content = locations.read(locations.join(str(release), LATEST))
-        return None if content is None else content.decode().strip()
-    try:
-        return (here / LATEST).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return None
-
-
-def publish(artifact: Artifact, release: str | Path) -> Published:
-    """Publish a release artifact under a release path, once.
+def publish(artifact: Artifact, release: str | Path, gate: Gate | None = None) -> Published:
+    """Publish a release artifact under a release path, once, and put it in force unless it looks worse.
 
     Args:
         artifact: what the release stage left, with its files on this machine (`pipeline.store.Store.fetch`).
         release: the release path or URL; a directory is created when missing.
+        gate: when it is held instead; by default never.
+
+    Returns:
+        The version. One that the gate had held before is looked at again, with the limits and the version in force of
+        today; one that was rolled back stays held.
 
     Raises:
         InputError: it can't be written.
         StorageTrouble: the storage did not answer, or another process took over while this one was held up.
     """
     here = locations.local_path(release)
-    if here is None:
-        with lease(locations.join(str(release), ".leases", "publish")) as held:
-            return _upload(artifact, str(release), held)
+    with writing("the release", release, _ELSEWHERE):
+        if here is not None:
+            (here / VERSIONS).mkdir(parents=True, exist_ok=True)
+        with publishing_lease(release) as held:
+            remove_unfinished(release)
+            tidy(release)
+            name, new = _choose(artifact, whole_versions(release))
+            if new and here is not None:
+                _copy(artifact, here / VERSIONS, name)
+            elif new:
+                _upload(artifact, below(release, VERSIONS, name), held)
+            reasons = _hold_or_put_in_force(artifact, release, name, gate, held.check)
+    return Published(below(release, VERSIONS, name), new, reasons)
+
+
+def raise_if_held(published: Published, release: str) -> None:
+    """End a run whose version is held, once all else is done.
+
+    Raises:
+        VersionHeld: it is.
+    """
+    if published.held:
+        told = "".join(f"\n  why: {reason}" for reason in published.held)
+        raise VersionHeld(
+            f"{published.name} was written and is held: LATEST stays at {latest_name(release)}{told}\n  in: {release}\n"
+            f"  fix: look at it, then put it in force with `clozeline promote {release}`, or correct the inputs"
+        )
+
+
+def remove_unfinished(release: str | Path) -> None:
+    """Remove what killed processes left among the versions; the `publishing_lease` must be held."""
+    here = locations.local_path(release)
+    if here is not None:
+        for litter in (here / VERSIONS).glob(".tmp-*"):
+            shutil.rmtree(litter, ignore_errors=True)
+        return
+    versions = locations.join(str(release), VERSIONS)
+    there = locations.entries(versions)
+    owners = {name: name.split("/")[0] for name in there}
+    locations.remove(
+        locations.join(versions, name)
+        for name, owner in owners.items()
+        if NAME.fullmatch(owner) and f"{owner}/{SUCCESS}" not in there
+    )
+
+
+def _hold_or_put_in_force(
+    artifact: Artifact, release: str | Path, name: str, gate: Gate | None, check: Callable[[], None]
+) -> tuple[str, ...]:
+    """Decide about a version that is whole; gives why it is held.
+
+    Whoever was killed before this was done comes to the same decision: it depends on the two versions alone.
+    """
+    latest = latest_name(release)
+    if latest is not None and latest != name:
+        before = held_records(release).get(name)
+        if before is not None and before.rolled_back:
+            return before.reasons
+        reasons = _reasons(artifact, below(release, VERSIONS, latest), gate)
+        if reasons:
+            if before is None or before.reasons != tuple(reasons):
+                check()
+                hold(release, name, reasons)
+            return tuple(reasons)
+    put_in_force(release, name, check)
+    return ()
+
+
+def _reasons(artifact: Artifact, latest: str, gate: Gate | None) -> list[str]:
+    if gate is None:
+        return []
+    new, old = _measures(str(artifact.path / VERSION)), _measures(latest)
+    return [] if new is None or old is None else reasons_to_hold(new, old, gate)
+
+
+def _measures(version: str) -> Measures | None:
+    """What a version says of itself; None where its files are gone or are no version's."""
+    manifest, metrics = (read_json(below(version, name)) for name in (MANIFEST, "metrics.json"))
+    if manifest is None or metrics is None:
+        return None
     try:
-        (here / _VERSIONS).mkdir(parents=True, exist_ok=True)
-        with locked(here / ".lock"):
-            return _copy(artifact, here)
-    except OSError as error:
-        raise _unwritable(release, error) from error
+        return Measures.of(manifest, metrics)
+    except KeyError:
+        return None
 
 
-def _copy(artifact: Artifact, release: Path) -> Published:
-    versions = release / _VERSIONS
-    for litter in versions.glob(".tmp-*"):
-        shutil.rmtree(litter, ignore_errors=True)
-    name, new = _choose(artifact, [path.name for path in versions.iterdir() if (path / SUCCESS).is_file()])
-    if new:
-        temporary = versions / f".tmp-{uuid.uuid4().hex[:8]}"
+def _copy(artifact: Artifact, versions: Path, name: str) -> None:
+    temporary = versions / f".tmp-{uuid.uuid4().hex[:8]}"
+    try:
         shutil.copytree(artifact.path / VERSION, temporary)
         (temporary / SUCCESS).touch()
         sync_tree(temporary)
         temporary.rename(versions / name)
-    if _latest(release) != name:
-        write_atomically(release / LATEST, name + "\n")
-    return Published(str(versions / name), new)
+    finally:  # on a full disk half a version must not take what is left of it
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _upload(artifact: Artifact, release: str, held: Lease) -> Published:
-    versions = locations.join(release, _VERSIONS)
-    there = locations.entries(versions)
-    whole = {name.removesuffix("/" + SUCCESS) for name in there if name.endswith("/" + SUCCESS)}
-    locations.remove(
-        locations.join(versions, name)
-        for name in there
-        if _NAME.fullmatch(name.split("/")[0]) and name.split("/")[0] not in whole
-    )
-    name, new = _choose(artifact, whole)
-    target = locations.join(versions, name)
-    if new:
-        files = _files(artifact)
-        transfer.upload_tree(artifact.path / VERSION, [file for file in files if file != MANIFEST], target)
-        transfer.upload_tree(artifact.path / VERSION, [MANIFEST], target)
-        if {file: entry.bytes for file, entry in locations.entries(target).items()} != files:
-            raise StorageTrouble(f"{target} does not hold what was uploaded to it")
-        held.check()
-        locations.put_if_absent(locations.join(target, SUCCESS), b"")
-    if _latest(release) != name:
-        held.check()
-        locations.write(locations.join(release, LATEST), f"{name}\n".encode())
-    return Published(target, new)
+def _upload(artifact: Artifact, target: str, held: Lease) -> None:
+    files = _files(artifact)
+    transfer.upload_tree(artifact.path / VERSION, [file for file in files if file != MANIFEST], target)
+    transfer.upload_tree(artifact.path / VERSION, [MANIFEST], target)
+    if {file: entry.bytes for file, entry in locations.entries(target).items()} != files:
+        raise StorageTrouble(f"{target} does not hold what was uploaded to it")
+    held.check()
+    locations.put_if_absent(locations.join(target, SUCCESS), b"")
 
 
 def _files(artifact: Artifact) -> dict[str, int]:
@@ -194,7 +231,7 @@ def _files(artifact: Artifact) -> dict[str, int]:
 
 def _choose(artifact: Artifact, whole: Iterable[str]) -> tuple[str, bool]:
     """The version's name, and whether it is new: that of the same key, else the next number."""
-    names = sorted(name for name in whole if _NAME.fullmatch(name))
+    names = list(whole)
     for name in names:
         if name.endswith("-" + artifact.key[:8]):
             return name, False

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline import tables
 from pipeline.ensemble import disagreement, margin
 from pipeline.exports import export_queue
-from pipeline.prepare import renames_of
+from pipeline.prepare import Renames, excluded_rows
 from pipeline.report import dataset_card, html_report
 from pipeline.routing import ROUTES, priorities, reasons
 from pipeline.store import Artifact, sha256_of
@@ -102,6 +102,7 @@ def write_release(
         "test": _brief(metrics),
         "quarantined": sum(artifact.meta["quarantined"] for artifact in writer.shards),
         "excluded_as_labelled": inputs["prepare"].meta.get("labelled_in_pool", 0),
+        **writer.diverged,
     }
     version = out / VERSION
     (version / "metrics.json").write_text(json.dumps({**metrics, "summary": summary}, indent=1, sort_keys=True))
@@ -128,6 +129,7 @@ def write_release(
         "sampled_from": spec["sampled_from"],
         "sampled_beside": spec["sampled_beside"],
         "task": spec["task"],
+        **writer.diverged,
         "environment": {
             "clozeline": package_version("clozeline"),
             "python": platform.python_version(),
@@ -167,21 +169,33 @@ class _Writer:
         self.schema = release_features(self.labels, spec["text"], self.carried).arrow_schema
         self.label_counts = np.zeros(len(self.labels), dtype=np.int64)
         prepared = inputs["prepare"].path
-        self.renames = [renames_of(prepared, number) for number in range(len(self.shards))]
-        excluded = pq.read_table(prepared / "excluded.parquet")
-        self.left_out: list[set[int]] = [set() for _ in self.shards]
-        for shard, row in zip(*(excluded.column(name).to_pylist() for name in ("shard", "row")), strict=True):
-            self.left_out[shard].add(row)
+        self.diverged = self._diverged()
+        self.renames = [Renames(prepared, number) for number in range(len(self.shards))]
         self.queue = self._queue()
-        for shard, row in zip(*(self.queue.column(name).to_pylist() for name in ("shard", "row")), strict=True):
-            self.left_out[shard].add(row)
+        shards, rows = (self.queue.column(name).to_numpy() for name in ("shard", "row"))
+        self.left_out = [
+            np.sort(np.concatenate([excluded_rows(prepared, number), rows[shards == number]]))
+            for number in range(len(self.shards))
+        ]
+
+    def _annotated(self) -> list[tuple[str, float, Artifact]]:
+        """The name, the weight and the scores of the queue of each annotator."""
+        scored = [self.inputs[name] for name in sorted(self.inputs) if name.startswith("annotate:")]
+        return list(zip(self.spec["members"], self.inputs["blend"].meta["weights"], scored, strict=True))
+
+    def _diverged(self) -> dict[str, dict[str, str]]:
+        """``diverged``: who was left out, and why; nothing where nobody was."""
+        why = {
+            name: artifact.meta["diverged"] for name, _, artifact in self._annotated() if "diverged" in artifact.meta
+        }
+        return {"diverged": why} if why else {}
 
     def _queue(self) -> pa.Table:
         """The budget's rows among the candidates, most urgent first, with votes and disagreement."""
         candidates = Rows(self.inputs["route"].path).read()
-        members = self.spec["members"]
-        weights = np.array(self.inputs["blend"].meta["weights"])
-        scored = [self.inputs[name] for name in sorted(self.inputs) if name.startswith("annotate:")]
+        sound = [part for part in self._annotated() if "diverged" not in part[2].meta]
+        members, shares, scored = zip(*sound, strict=True)
+        weights = np.array(shares)
         scores = [from_lists(pq.read_table(artifact.path / "scores.parquet").column(0)) for artifact in scored]
         margins = candidates.column("margin").to_numpy()
         apart = disagreement(scores, weights / weights.sum())
@@ -241,10 +255,8 @@ class _Writer:
         start = 0
         scores = pq.ParquetFile(self.scored[number].path / "scores.parquet").iter_batches(tables.BATCH_ROWS)
         for batch, scored in zip(self.rows[number].batches(), scores, strict=True):
-            if self.renames[number]:
-                ids = batch.column("row_id").to_pylist()
-                ids = [self.renames[number].get(start + i, row_id) for i, row_id in enumerate(ids)]
-                batch = batch.set_column(batch.schema.get_field_index("row_id"), "row_id", pa.array(ids, pa.string()))
+            ids = self.renames[number].apply(batch.column("row_id"), start)
+            batch = batch.set_column(batch.schema.get_field_index("row_id"), "row_id", ids)
             yield start, batch, from_lists(scored.column(0))
             start += batch.num_rows
 
@@ -291,10 +303,10 @@ class _Writer:
         try:
             for shard in range(len(self.shards)):
                 for start, batch, scores in self._labelled_batches(shard):
-                    keep = np.array([start + i not in self.left_out[shard] for i in range(batch.num_rows)])
                     done += batch.num_rows
                     progress(done, total)
-                    at = np.flatnonzero(keep)
+                    first, last = np.searchsorted(self.left_out[shard], [start, start + batch.num_rows])
+                    at = np.delete(np.arange(batch.num_rows), self.left_out[shard][first:last] - start)
                     while len(at):
                         part, at = at[: ROWS_PER_FILE - inside], at[ROWS_PER_FILE - inside :]
                         chosen = batch.take(pa.array(part, pa.int64()))

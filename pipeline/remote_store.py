@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline import locations, transfer
-from pipeline.errors import ClozelineError, StoreDamaged
+from pipeline.errors import ClozelineError, StoreDamaged, room
 from pipeline.leases import TTL, lease, locked, wait_until_free
 from pipeline.settings import Settings
 from pipeline.store import (
@@ -77,6 +77,9 @@ class RemoteStore(Store):
             return None
         return Artifact(self.path_of(stage, key) / prefix, published, run)
 
+    def file(self, artifact: Artifact, name: str) -> str:
+        return locations.join(self.location, *artifact.path.parts[-3:], name)
+
     def fetch(self, artifact: Artifact) -> Artifact:
         """The same artifact with its files in the cache of this machine, each compared with its hash.
 
@@ -90,7 +93,7 @@ class RemoteStore(Store):
         self._create()
         stage, key, prefix = artifact.path.parts[-3:]
         source = locations.join(self.url_of(stage, key), prefix)
-        with locked(self.root / LOCKS / f"{stage}-{key}"):
+        with room(self.root, self._elsewhere), locked(self.root / LOCKS / f"{stage}-{key}"):
             if not _matches(artifact):
                 self._sweep(stage, key)
                 temporary = self._temporary(stage, key)
@@ -125,6 +128,7 @@ class RemoteStore(Store):
         # The lease is for other machines. The lock keeps a builder of this one, even one that has lost its lease,
         # from having its temporary files swept.
         with (
+            room(self.root, self._elsewhere),
             locked(self.root / LOCKS / f"{stage}-{key}"),
             lease(locations.join(self.location, LEASES, f"{stage}-{key}"), ttl=self.ttl),
         ):

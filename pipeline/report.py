@@ -29,12 +29,29 @@ def _methods(summary: Mapping[str, Any]) -> list[Cells]:
     return rows
 
 
+def _generations(spec: Mapping[str, Any]) -> str:
+    """How often the annotators were trained anew, and what that means for their figures; nothing without iPET."""
+    count = spec["task"].get("ipet", {}).get("generations", 0)
+    if not count:
+        return ""
+    return (
+        f"The annotators are those of generation {count} of iPET, each generation trained on rows that others of the "
+        "one before labelled; weights and cross-validated figures are those of generation 0."
+    )
+
+
 _METHOD_HEAD = ["method", "accuracy", "95 % interval", "macro-F1"]
 
 
 def _shares(summary: Mapping[str, Any]) -> list[Cells]:
     total = max(sum(summary["label_counts"].values()), 1)
     return [[label, count, _percent(count / total)] for label, count in summary["label_counts"].items()]
+
+
+def _diverged(summary: Mapping[str, Any]) -> list[str]:
+    """Who was left out, and why."""
+    diverged = summary.get("diverged", {})
+    return [f"{name} was left out, since its training diverged: {why}." for name, why in diverged.items()]
 
 
 def _markdown(head: Cells, rows: Iterable[Cells]) -> str:
@@ -70,6 +87,8 @@ def dataset_card(spec: Mapping[str, Any], summary: Mapping[str, Any], metrics: M
         + "\n\n*best annotator* is picked by cross-validation; *oracle annotator* is the best on the test file itself, "
         "which nobody knows beforehand."
     )
+    generations = f"{_generations(spec)}\n\n" if _generations(spec) else ""
+    left_out = "".join(f"\n{line}\n" for line in _diverged(summary))
     return f"""---
 pretty_name: {json.dumps(spec["name"])}
 task_categories:
@@ -100,8 +119,8 @@ labels, distilled into one classifier that labelled every row.
 ## Annotators
 
 {_markdown(["name", "pattern", "weight"], annotators)}
-
-## Accuracy
+{left_out}
+{generations}## Accuracy
 
 {test}
 
@@ -145,7 +164,7 @@ def html_report(spec: Mapping[str, Any], summary: Mapping[str, Any], metrics: Ma
     for entry in spec["task"]["annotators"]:
         name = entry["name"]
         cv = (metrics["cross_validation"] or {}).get(name)
-        test = metrics["test"]["annotators"][name] if metrics["test"] else None
+        test = metrics["test"]["annotators"].get(name) if metrics["test"] else None
         annotators.append(
             [
                 name,
@@ -165,7 +184,10 @@ def html_report(spec: Mapping[str, Any], summary: Mapping[str, Any], metrics: Ma
         _html_table(["label", "rows", "share"], _shares(summary)),
         "<h2>Annotators</h2>",
         _html_table(["name", "pattern", "weight", "cross-validated", "test"], annotators),
+        *(f"<p>{html.escape(line)}</p>" for line in _diverged(summary)),
     ]
+    if _generations(spec):
+        parts.append(f'<p class="note">{_generations(spec)}</p>')
     if metrics["test"]:
         student = metrics["test"]["methods"]["student"]["per_label"]
         per_label = [

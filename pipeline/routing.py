@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.ragged import Numbers
 from pipeline.tables import Floats
 
 ROUTES = ["review", "auto", "audit", "train", "rest"]
@@ -13,9 +16,26 @@ ROUTES = ["review", "auto", "audit", "train", "rest"]
 CANDIDATES_PER_ROW = 2
 
 
-def lowest(margins: Floats, count: int) -> npt.NDArray[np.int64]:
-    """The ``count`` rows with the lowest margin, lowest first; ties in row order. int64."""
-    return np.asarray(np.argsort(margins, kind="stable")[:count], dtype=np.int64)
+def lowest(parts: Iterable[Floats], count: int) -> tuple[Numbers, Floats]:
+    """The rows with the lowest margin, lowest first; ties in row order.
+
+    Args:
+        parts: margins, batch by batch; an infinite one is never chosen.
+        count: how many at most.
+
+    Returns:
+        Row numbers over all parts, int64 ``[count]``, and their margins, float32 ``[count]``.
+    """
+    rows, margins, start = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32), 0
+    for part in parts:
+        limit = margins[-1] if len(margins) == count > 0 else np.inf
+        at = np.flatnonzero(part < limit)
+        rows = np.concatenate([rows, at + start])
+        margins = np.concatenate([margins, part[at]])
+        order = np.argsort(margins, kind="stable")[:count]  # earlier rows stand before later ones already
+        rows, margins = rows[order], margins[order]
+        start += len(part)
+    return rows, margins
 
 
 def priorities(margins: Floats, disagreements: Floats) -> Floats:

@@ -8,19 +8,20 @@ Any stage can be run by hand, from the request that `pipeline.plan.Call.request`
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import tables
@@ -29,16 +30,19 @@ from pipeline.base_model import EMBEDDED, BaseModel, resolve_base_model
 from pipeline.batching import batch_share
 from pipeline.cross_validation import stratified_folds
 from pipeline.device import device_name, numeric_profile
-from pipeline.ensemble import blend, disagreement, majority, margin, match_prior, shrunk_weights
+from pipeline.ensemble import blend, disagreement, majority, margin, soft_labels
 from pipeline.errors import InputError, StoreDamaged
+from pipeline.ipet import select_rows
 from pipeline.locations import is_url
 from pipeline.metrics import classification_metrics
-from pipeline.prepare import prepare_rows
+from pipeline.prepare import excluded_rows, prepare_rows
+from pipeline.ragged import Numbers, offsets_of
+from pipeline.repeats import Hashes, find_repeats, gather, hashes_of_hex, on_disk
 from pipeline.routing import CANDIDATES_PER_ROW, lowest
 from pipeline.settings import Settings
 from pipeline.store import Artifact, Reference, Store, open_store, sha256_of
 from pipeline.tables import ColumnRoles, Floats, Rows, from_lists, texts_of, to_lists
-from pipeline.training import seed_of
+from pipeline.training import Diverged, seed_of
 from pipeline.transfer import fetch_file, fetch_tree
 
 Progress = Callable[[int, int], None]
@@ -85,11 +89,11 @@ class Job:
             )
         return found
 
-    def labelled(self) -> Labelled:
-        """The labelled rows, or none."""
-        if "labelled" not in self.inputs:
+    def labelled(self, name: str = "labelled") -> Labelled:
+        """The labelled rows, or those of another input; none where there is no such input."""
+        if name not in self.inputs:
             return Labelled({}, np.zeros(0, dtype=np.int64))
-        rows = Rows(self.inputs["labelled"].path).read()
+        rows = Rows(self.inputs[name].path).read()
         return Labelled(texts_of(rows), np.array(rows.column("label").to_pylist(), dtype=np.int64))
 
 
@@ -100,17 +104,30 @@ def ingest(job: Job) -> dict[str, Any]:
         InputError: the file changed since the plan was made, or a row can't be used.
     """
     file, spec = Path(job.where["file"]), job.spec
+    before = _state_of(file)
     if sha256_of(file) != spec["file"]:
-        raise InputError("the file changed while the run was going on", where=str(file), fix="run again")
+        raise _changed(file)
     roles = ColumnRoles(tuple(spec["text"]), spec["id"], tuple(spec["carry"]), spec.get("label"))
     if "label" in spec:
         roles = _without_absent(roles, file)
     found = tables.ingest(
         file, roles, job.out, label_names=spec.get("labels"), quarantine=spec["on_bad_rows"] == "quarantine"
     )
+    if _state_of(file) != before:  # what was read is not what the key stands for
+        raise _changed(file)
     if spec.get("distinct"):
         return {**vars(found), **_drop_repeated(job.out, str(file))}
     return dict(vars(found))
+
+
+def _state_of(file: Path) -> tuple[int, int, int]:
+    """What changes when a file is written to, or another takes its place."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _changed(file: Path) -> InputError:
+    return InputError("the file changed while the run was going on", where=str(file), fix="run again")
 
 
 def _without_absent(roles: ColumnRoles, file: Path) -> ColumnRoles:
@@ -143,7 +160,10 @@ def _drop_repeated(out: Path, where: str) -> dict[str, Any]:
 
 
 def prepare(job: Job) -> dict[str, Any]:
-    """The view over all files; leaves ``renames.parquet`` (ids made unique) and ``excluded.parquet`` (labelled)."""
+    """The view over all files.
+
+    Leaves ``renames.parquet`` (ids made unique) and ``excluded.parquet`` (rows with a labelled or forgotten text).
+    """
     sets = {name: Rows(job.inputs[name].path) for name in ("labelled", "test") if name in job.inputs}
     return prepare_rows(
         [Rows(artifact.path) for artifact in job.all("shard")],
@@ -151,63 +171,89 @@ def prepare(job: Job) -> dict[str, Any]:
         job.out,
         names=job.where["names"],
         given_ids=job.spec["ids"],
+        forgotten=job.spec.get("forgotten", ()),
     )
 
 
 def sample(job: Job) -> dict[str, Any]:
-    """Draw the transfer set: distinct texts with the lowest hashes, none of them labelled or in the test set.
+    """Draw the transfer set: distinct texts with the lowest hashes, none labelled, in the test set or forgotten.
 
-    Leaves ``rows.parquet``: content_hash and the text columns, in the order of the hashes. Memory: 16 bytes a row.
+    Leaves ``rows.parquet``: content_hash and the text columns, in the order of the hashes.
 
     Raises:
-        InputError: no row is left.
+        InputError: no row is left, or a labelled or test row holds a forgotten text.
     """
-    taken: set[str] = set()
+    forgotten = hashes_of_hex(pa.array(job.spec.get("forgotten", ()), pa.string()))
+    taken = [forgotten]
     for name in ("labelled", "test"):
         if name in job.inputs:
-            taken |= set(Rows(job.inputs[name].path).read(["content_hash"]).column(0).to_pylist())
+            hashes = hashes_of_hex(Rows(job.inputs[name].path).read(["content_hash"]).column(0))
+            _refuse_forgotten(hashes, forgotten, name)
+            taken.append(hashes)
     shards = [Rows(artifact.path) for artifact in job.all("shard")]
     # A content hash is uniform already, so its lowest values are a random draw that depends on nothing else.
-    hashes = [
-        np.array(batch.column(0).to_pylist(), dtype="S16")
-        for rows in shards
-        for batch in rows.batches(["content_hash"])
-    ]
-    distinct = np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, dtype="S16")
-    distinct = distinct[~np.isin(distinct, np.array(sorted(taken), dtype="S16"))] if taken else distinct
-    chosen = distinct[: job.spec["rows"]]
-    wanted = {value.decode() for value in chosen}
-    picked = []
+    chosen = np.zeros(0, dtype=np.uint64)
     for rows in shards:
-        names = [name for name in rows.schema.names if name == "content_hash" or name.startswith(tables.TEXT)]
-        for batch in rows.batches(names):
-            at = []
-            for i, content in enumerate(batch.column("content_hash").to_pylist()):
-                if content in wanted:
-                    wanted.discard(content)
-                    at.append(i)
-            if at:
-                picked.append(batch.take(pa.array(at)))
-    if not picked:
+        for batch in rows.batches(["content_hash"]):
+            hashes = np.unique(hashes_of_hex(batch.column(0)))
+            if len(chosen) == job.spec["rows"]:
+                hashes = hashes[hashes < chosen[-1]]
+            fresh = hashes[~np.isin(hashes, np.concatenate([chosen, *taken]))]
+            if len(fresh):
+                chosen = np.sort(np.concatenate([chosen, fresh]))[: job.spec["rows"]]
+    if not len(chosen):
         raise InputError("there is no unlabelled row left once labelled and test rows are set aside", where="inputs")
+    names = [name for name in shards[0].schema.names if name == "content_hash" or name.startswith(tables.TEXT)]
+    picked, found = list[pa.RecordBatch](), np.zeros(len(chosen), dtype=np.bool_)
+    for rows in shards:
+        for batch in rows.batches(names):
+            hashes, first = np.unique(hashes_of_hex(batch.column("content_hash")), return_index=True)
+            place = np.minimum(np.searchsorted(chosen, hashes), len(chosen) - 1)
+            new = (chosen[place] == hashes) & ~found[place]
+            if new.any():
+                found[place[new]] = True
+                picked.append(batch.take(pa.array(np.sort(first[new]))))
     table = pa.Table.from_batches(picked).sort_by("content_hash")
     tables.write_table(job.out / "rows.parquet", table)
-    return {
-        "rows": table.num_rows,
-        "pool_rows": int(sum(rows.count for rows in shards)),
-        "distinct": len(distinct),
-    }
+    return {"rows": table.num_rows, "pool_rows": int(sum(rows.count for rows in shards))}
+
+
+def _refuse_forgotten(hashes: Hashes, forgotten: Hashes, name: str) -> None:
+    """Refuse labelled and test rows with a forgotten text, before anything is fitted.
+
+    They are not dropped in silence as unlabelled ones are: people chose each of them, a model would be fitted to a
+    handful fewer than its task says, and what is to be forgotten would stay in a file that is read every night.
+    """
+    rows = np.flatnonzero(np.isin(hashes, forgotten))
+    if len(rows):
+        shown = ", ".join(str(row) for row in rows[:10]) + (", ..." if len(rows) > 10 else "")
+        raise InputError(
+            f"{len(rows)} {name} rows hold a text that was forgotten: {shown} (counted from 0, rows without text and "
+            "repeated ones left out)",
+            where=f"inputs.{name}",
+            fix="remove the rows from the file",
+        )
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """Train one annotator, and cross-validate it.
+    """Train one annotator on the labelled and the drawn rows, and cross-validate it.
 
-    Leaves ``annotator/`` and, where there are folds, ``cv.parquet``: out-of-fold log-probabilities.
+    Leaves ``annotator/`` and, where there are folds, ``cv.parquet``: out-of-fold log-probabilities. Where training
+    diverges it leaves neither, and ``diverged`` says why: equal inputs diverge alike, so that nobody need try again.
 
-    Raises:
-        Diverged: the loss is no longer a number.
+    Rows are drawn for iPET's later generations, which have no folds: their teachers saw every labelled row, so that
+    a held-out one would be judged by those who know it. The cross-validation of generation 0 stands for all.
     """
-    spec, labelled = job.spec, job.labelled()
+    try:
+        return _fitted(job)
+    except Diverged as error:
+        (job.out / "cv.parquet").unlink(missing_ok=True)
+        return {"cv_accuracy": None, "cv_folds": 0, "labelled_rows": len(job.labelled()), "diverged": str(error)}
+
+
+def _fitted(job: Job) -> dict[str, Any]:
+    spec, drawn = job.spec, job.labelled("drawn")
+    labelled = job.labelled().joined(drawn)
     transfer = texts_of(Rows(job.inputs["sample"].path).read())
     train = method(spec["method"]).train
     base, profile = job.base(), spec["profile"]
@@ -220,7 +266,9 @@ def fit(job: Job) -> dict[str, Any]:
     def part(number: int) -> Progress:
         return lambda done, total: job.progress(number * steps + done * steps // max(total, 1), rounds * steps)
 
-    meta: dict[str, Any] = {"cv_accuracy": None, "cv_folds": 0, "labelled_rows": len(labelled)}
+    meta: dict[str, Any] = {"cv_accuracy": None, "cv_folds": 0, "labelled_rows": len(labelled) - len(drawn)}
+    if "drawn" in job.inputs:
+        meta["drawn_rows"] = len(drawn)
     if rounds > 1:
         assert folds is not None
         scores = np.zeros((len(labelled), len(spec["labels"])), dtype=np.float32)
@@ -242,8 +290,13 @@ def fit(job: Job) -> dict[str, Any]:
 
 
 def annotate(job: Job) -> dict[str, Any]:
-    """Score rows with one annotator; leaves ``scores.parquet``, float32 log-probabilities ``[rows, labels]``."""
+    """Score rows with one annotator; leaves ``scores.parquet``, float32 log-probabilities ``[rows, labels]``.
+
+    An annotator that diverged has no scores: nothing but its ``diverged`` is left.
+    """
     fitted = job.inputs["fit"]
+    if "diverged" in fitted.meta:
+        return {"rows": 0, "diverged": fitted.meta["diverged"]}
     loaded = method(fitted.manifest["spec"]["method"]).load(fitted.path / "annotator", job.base(), job.spec["profile"])
     rows = Rows(job.inputs["rows"].path).read()
     scores = loaded.log_probabilities(texts_of(rows), job.progress) if rows.num_rows else _no_scores(fitted)
@@ -263,142 +316,220 @@ def _scores(artifact: Artifact, name: str = "scores.parquet") -> Floats:
     return from_lists(pq.read_table(artifact.path / name).column(0))
 
 
+def select(job: Job) -> dict[str, Any]:
+    """Draw the rows that an annotator's next generation learns from, as its teachers label them (`pipeline.ipet`).
+
+    Leaves ``rows.parquet``: content_hash, the text columns and the label, in the order of the transfer set.
+    """
+    names, spec = job.spec["labels"], job.spec
+    counts, sound = job.labelled().counts(len(names)), _sound(job.all("fit"), job.all("annotate"))
+    if not sound:  # all its teachers diverged: it learns from the labelled rows alone, again
+        nothing = Rows(job.inputs["sample"].path).read().slice(0, 0)
+        tables.write_table(job.out / "rows.parquet", nothing.append_column("label", pa.array([], pa.int64())))
+        return {"rows": 0, "label_counts": dict.fromkeys(names, 0), "filled": dict.fromkeys(names, 0)}
+    accuracies = [artifact.meta["cv_accuracy"] for artifact in _of(job.all("fit"), sound)]
+    scores = [_scores(artifact) for artifact in _of(job.all("annotate"), sound)]
+    soft, _ = soft_labels(scores, accuracies, counts, spec["ensemble"])
+    found = select_rows(soft, counts, spec["generation"], spec["growth"], spec["seed"])
+    drawn = np.flatnonzero(found.labels >= 0)
+    rows = Rows(job.inputs["sample"].path).read().take(pa.array(drawn))
+    tables.write_table(job.out / "rows.parquet", rows.append_column("label", pa.array(found.labels[drawn])))
+    per_label = np.bincount(found.labels[drawn], minlength=len(names)).tolist()
+    return {
+        "rows": len(drawn),
+        "label_counts": dict(zip(names, per_label, strict=True)),
+        "filled": dict(zip(names, found.filled.tolist(), strict=True)),
+    }
+
+
 def blend_annotators(job: Job) -> dict[str, Any]:
     """Weigh the annotators and blend their scores of the transfer set.
 
-    Leaves ``soft.parquet``: probs float32 ``[rows, labels]`` at T = 1 and disagreement float32 ``[rows]``.
+    Leaves ``soft.parquet``: probs float32 ``[rows, labels]`` at T = 1 and disagreement float32 ``[rows]``. Who
+    diverged has the weight 0.
+
+    Raises:
+        InputError: so many annotators diverged that no ensemble is left.
     """
-    fits = job.all("fit")
+    fits, scored = job.all("fit"), job.all("annotate")
+    sound = _sound(fits, scored)
+    if len(sound) < min(2, len(scored)):
+        raise _too_few(job.where["members"], fits, scored, fits[0].manifest["spec"]["learning_rate"])
     accuracies = [artifact.meta["cv_accuracy"] for artifact in fits]
-    labelled = job.labelled()
-    settings = job.spec["ensemble"]
-    if settings["weights"] == "uniform":
-        weights = np.full(len(fits), 1 / len(fits))
-    else:
-        weights = shrunk_weights(accuracies, len(labelled))
-    scores = [_scores(artifact) for artifact in job.all("annotate")]
-    soft = blend(scores, weights)
-    if settings["prior"] == "labelled" and len(labelled):
-        counts = np.bincount(labelled.labels, minlength=len(job.spec["labels"])) + 1.0  # smoothed: none is zero
-        soft = match_prior(soft, counts / counts.sum())
+    counts = job.labelled().counts(len(job.spec["labels"]))
+    scores = [_scores(artifact) for artifact in _of(scored, sound)]
+    soft, weights = soft_labels(scores, [accuracies[i] for i in sound], counts, job.spec["ensemble"])
     table = pa.table({"probs": to_lists(soft), "disagreement": disagreement(scores, weights)})
     tables.write_table(job.out / "soft.parquet", table)
     shares = soft.mean(axis=0)
+    weight_of = dict(zip(sound, weights, strict=True))
     return {
-        "weights": [round(float(weight), 6) for weight in weights],
+        "weights": [round(float(weight_of.get(i, 0)), 6) for i in range(len(fits))],
         "cv_accuracy": accuracies,
         "soft_shares": dict(zip(job.spec["labels"], [round(float(share), 6) for share in shares], strict=True)),
         "mean_disagreement": round(float(table.column("disagreement").to_numpy().mean()), 6),
     }
 
 
+def _sound(fits: list[Artifact], scored: list[Artifact]) -> list[int]:
+    """The numbers of the annotators that did not diverge, in iPET's first generation or the one that scored."""
+    both = enumerate(zip(fits, scored, strict=True))
+    return [i for i, pair in both if not any("diverged" in artifact.meta for artifact in pair)]
+
+
+def _of(artifacts: list[Artifact], numbers: list[int]) -> list[Artifact]:
+    return [artifacts[i] for i in numbers]
+
+
+def _too_few(names: list[str], fits: list[Artifact], scored: list[Artifact], rate: float) -> InputError:
+    """What to say when fewer than two annotators, or not the only one, are left; ``rate`` is the learning rate."""
+    told = "; ".join(
+        f"{name}: {why}"
+        for name, fit, score in zip(names, fits, scored, strict=True)
+        if (why := fit.meta.get("diverged") or score.meta.get("diverged"))
+    )
+    # Nought where there was nothing to train on.
+    lower = f"lower training.learning_rate (it is {rate:g}), or " if rate else ""
+    return InputError(
+        f"training diverged, and fewer than two annotators are left ({told})",
+        where="annotators",
+        fix=f"{lower}take another base_model",
+    )
+
+
 def distill(job: Job) -> dict[str, Any]:
-    """Train the student on the soft labels and the labelled rows; leaves ``model/``."""
+    """Train the student on the soft labels and the labelled rows; leaves ``model/``.
+
+    Raises:
+        InputError: its training diverged.
+    """
     from pipeline.student import distill as train_student
 
     soft = from_lists(pq.read_table(job.inputs["blend"].path / "soft.parquet", columns=["probs"]).column(0))
     transfer = texts_of(Rows(job.inputs["sample"].path).read())
-    student = train_student(
-        job.spec,
-        soft,
-        transfer,
-        job.labelled(),
-        job.base(),
-        job.spec["profile"],
-        seed_of("distill"),
-        job.progress,
-    )
+    try:
+        student = train_student(
+            job.spec,
+            soft,
+            transfer,
+            job.labelled(),
+            job.base(),
+            job.spec["profile"],
+            seed_of("distill"),
+            job.progress,
+        )
+    except Diverged as error:
+        raise InputError(
+            f"the student's training diverged: {error}",
+            where="student",
+            fix=f"lower student.learning_rate (it is {job.spec['learning_rate']:g})",
+        ) from error
     (job.out / "model").mkdir()
     student.save(job.out / "model")
     return {"transfer_rows": len(soft)}
 
 
 def label(job: Job) -> dict[str, Any]:
-    """Score all rows of a shard with the student, batch by batch; leaves ``scores.parquet`` in the shard's order."""
+    """Score all rows of a shard with the student, equal texts once; leaves ``scores.parquet`` in the shard's order."""
     from pipeline.student import Student, shifted
 
     student = Student.load(job.inputs["distill"].path / "model", job.spec["profile"])
     rows = Rows(job.inputs["rows"].path)
     names = [name for name in rows.schema.names if name.startswith(tables.TEXT)]
-    schema = pa.schema([("log_probabilities", tables.probability_type(len(student.labels)))])
-    total = rows.count
+    labels = len(student.labels)
+    schema = pa.schema([("log_probabilities", tables.probability_type(labels))])
+    contents = (hashes_of_hex(batch.column(0)) for batch in rows.batches(["content_hash"]))
+    repeats = find_repeats(gather(contents, job.out), job.out)
+    known = on_disk((repeats.groups, labels), np.float32, job.out)  # of the texts that come again
+    done, total = 0, rows.count
     with tables.parquet_writer(job.out / "scores.parquet", schema) as writer:
-        done = 0
         for batch in rows.batches(names):
-            scores = student.log_probabilities(texts_of(batch), shifted(job.progress, done, total))
+            here = slice(done, done + batch.num_rows)
+            group, new = repeats.group[here], repeats.occurrence[here] == 1
+            scores = np.zeros((batch.num_rows, labels), dtype=np.float32)
+            texts = texts_of(batch.filter(pa.array(new)))
+            scores[new] = student.log_probabilities(texts, shifted(job.progress, done, total))
+            known[group[new & (group >= 0)]] = scores[new & (group >= 0)]
+            scores[~new] = known[group[~new]]
             writer.write_batch(pa.record_batch([to_lists(scores)], schema=schema))
             done += batch.num_rows
-    return {"rows": total}
+            job.progress(done, total)
+    return {"rows": total, "repeated": repeats.repeated}
 
 
 def route(job: Job) -> dict[str, Any]:
     """Choose the candidates for review: the student's lowest margins, each text once, none labelled already.
 
-    Leaves ``rows.parquet``: content_hash, the text columns, shard, row and margin. Memory: 4 bytes a row.
+    Leaves ``rows.parquet``: content_hash, the text columns, shard, row and margin.
     """
-    excluded = pq.read_table(job.inputs["prepare"].path / "excluded.parquet")
-    margins, shards = [], job.all("shard")
-    for number, scored in enumerate(job.all("label")):
-        parts = [
-            margin(np.exp(from_lists(batch.column(0))))
-            for batch in pq.ParquetFile(scored.path / "scores.parquet").iter_batches(tables.BATCH_ROWS)
-        ]
-        values = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
-        mine = excluded.filter(pc.equal(excluded.column("shard"), number)).column("row").to_numpy()
-        values[mine] = np.inf
-        margins.append(values)
-    flat = np.concatenate(margins)
-    open_rows = int(np.isfinite(flat).sum())
-    want = CANDIDATES_PER_ROW * job.spec["budget"]
-    # Equal texts are reviewed once: where they crowd the lowest margins, the window widens until it holds enough.
-    window = min(2 * want, open_rows)
-    while True:
-        table = _candidates(shards, margins, lowest(flat, window), want)
-        if table.num_rows == want or window == open_rows:
-            break
-        window = min(4 * window, open_rows)
+    shards = [Rows(artifact.path) for artifact in job.all("shard")]
+    contents = (hashes_of_hex(batch.column(0)) for rows in shards for batch in rows.batches(["content_hash"]))
+    repeats = find_repeats(gather(contents, job.out), job.out)
+    offsets = offsets_of([rows.count for rows in shards])
+    parts = [
+        _margins(
+            scored,
+            excluded_rows(job.inputs["prepare"].path, number),
+            repeats.occurrence[offsets[number] : offsets[number + 1]],
+        )
+        for number, scored in enumerate(job.all("label"))
+    ]
+    best, margins = lowest(itertools.chain(*parts), CANDIDATES_PER_ROW * job.spec["budget"])
+    table = _candidates(shards, best, margins)
     tables.write_table(job.out / "rows.parquet", table)
     return {"rows": table.num_rows}
 
 
-def _candidates(shards: list[Artifact], margins: list[Floats], best: np.ndarray, want: int) -> pa.Table:
-    """Rows given by their number over all shards: lowest margin first, each text once, at most ``want``."""
-    offsets = np.cumsum([0, *(len(values) for values in margins)])
-    picked = [_take(Rows(shards[0].path), np.zeros(0, dtype=np.int64), 0, margins[0])]
-    for number, artifact in enumerate(shards):
-        mine = best[(best >= offsets[number]) & (best < offsets[number + 1])]
-        if len(mine):
-            picked.append(_take(Rows(artifact.path), np.sort(mine - offsets[number]), number, margins[number]))
-    order = [(name, "ascending") for name in ("margin", "content_hash", "shard", "row")]
-    table = pa.concat_tables(picked).sort_by(order)
-    first: dict[str, int] = {}
-    for i, content in enumerate(table.column("content_hash").to_pylist()):
-        first.setdefault(content, i)
-    return table.take(pa.array(list(first.values())[:want], pa.int64()))
+def _margins(scored: Artifact, left_out: Numbers, occurrence: npt.NDArray[np.int32]) -> Iterator[Floats]:
+    """The student's margins of a shard, batch by batch, infinite for rows that are left out or repeat a text."""
+    start = 0
+    with pq.ParquetFile(scored.path / "scores.parquet") as file:
+        for batch in file.iter_batches(tables.BATCH_ROWS):
+            values = margin(np.exp(from_lists(batch.column(0))))
+            first, last = np.searchsorted(left_out, [start, start + len(values)])
+            values[left_out[first:last] - start] = np.inf
+            values[occurrence[start : start + len(values)] > 1] = np.inf
+            start += len(values)
+            yield values
 
 
-def _take(rows: Rows, at: np.ndarray, shard: int, margins: Floats) -> pa.Table:
+def _candidates(shards: list[Rows], best: Numbers, margins: Floats) -> pa.Table:
+    """Rows given by their number over all shards, lowest margin first."""
+    order = np.argsort(best)
+    best, margins = best[order], margins[order]
+    offsets = offsets_of([rows.count for rows in shards])
+    picked = []
+    for number, rows in enumerate(shards):
+        mine = slice(*np.searchsorted(best, offsets[number : number + 2]))
+        picked.append(_take(rows, best[mine] - offsets[number], number, margins[mine]))
+    table = pa.concat_tables(picked)
+    return table.sort_by([(name, "ascending") for name in ("margin", "content_hash", "shard", "row")])
+
+
+def _take(rows: Rows, at: Numbers, shard: int, margins: Floats) -> pa.Table:
     """Some rows of a shard with their place and margin."""
     names = [name for name in rows.schema.names if name == "content_hash" or name.startswith(tables.TEXT)]
     table = rows.take(at, names)
     table = table.append_column("shard", pa.array(np.full(len(at), shard), pa.int64()))
     table = table.append_column("row", pa.array(at, pa.int64()))
-    return table.append_column("margin", pa.array(margins[at], pa.float32()))
+    return table.append_column("margin", pa.array(margins, pa.float32()))
 
 
 def evaluate(job: Job) -> dict[str, Any]:
     """Compare annotators, blends and student, by cross-validation and on the test file; leaves ``metrics.json``."""
-    names, labels = job.spec["members"], job.spec["labels"]
+    fits, labels = job.all("fit"), job.spec["labels"]
     blended = job.inputs["blend"].meta
-    weights = np.array(blended["weights"]) / sum(blended["weights"])
+    sound = [i for i, weight in enumerate(blended["weights"]) if weight > 0]
+    names = [job.spec["members"][i] for i in sound]
+    weights = np.array(blended["weights"])[sound] / sum(blended["weights"])
     uniform = np.full(len(names), 1 / len(names))
-    accuracies = dict(zip(names, blended["cv_accuracy"], strict=True))
+    accuracies = {name: blended["cv_accuracy"][i] for name, i in zip(names, sound, strict=True)}
     known = {name: accuracy for name, accuracy in accuracies.items() if accuracy is not None}
     chosen = max(known, key=lambda name: known[name]) if known else None
     metrics: dict[str, Any] = {"cross_validation": None, "test": None, "best_annotator": chosen}
     labelled = job.labelled()
     if known and len(known) == len(names):
-        held_out = [_scores(artifact, "cv.parquet") for artifact in job.all("fit")]
+        held_out = [_scores(artifact, "cv.parquet") for artifact in _of(fits, sound)]
         metrics["cross_validation"] = {
             name: classification_metrics(part.argmax(axis=1), labelled.labels, labels)
             for name, part in [*zip(names, held_out, strict=True), ("weighted", blend(held_out, weights))]
@@ -410,7 +541,7 @@ def evaluate(job: Job) -> dict[str, Any]:
             known_texts = set(Rows(job.inputs["labelled"].path).read(["content_hash"]).column(0).to_pylist())
             keep = np.array([h not in known_texts for h in rows.column("content_hash").to_pylist()], dtype=np.bool_)
         truth = rows.column("label").to_numpy()[keep]
-        scores = [_scores(artifact)[keep] for artifact in job.all("annotate")]
+        scores = [_scores(artifact)[keep] for artifact in _of(job.all("annotate"), sound)]
         each = {name: part.argmax(axis=1) for name, part in zip(names, scores, strict=True)}
         oracle = max(each, key=lambda name: int((each[name] == truth).sum()))
         methods = {
@@ -449,6 +580,7 @@ STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {
     "sample": sample,
     "fit": fit,
     "annotate": annotate,
+    "select": select,
     "blend": blend_annotators,
     "distill": distill,
     "label": label,
@@ -501,6 +633,8 @@ def run_stage(
             meta = STAGES[request["stage"]](job)
             seconds = time.time() - started  # while the device is held: waiting for it is no part of the time
         record.update(started=started, seconds=round(seconds, 3), batch_share=batch_share())
+        if "file" in request["where"]:
+            record["source"] = request["where"]["file"]
         if request.get("on_device"):
             record["device"] = device_name()
         return meta

@@ -31,7 +31,7 @@ def starter_task(file: Path, unlabelled: str | None = None, relative_to: Path = 
         InputError: the file can't be read or has no text column.
     """
     parquet = tables.open_parquet(file)
-    batch = next(parquet.iter_batches(_SAMPLE_ROWS), None)
+    batch = tables.first_rows(parquet, None, str(file), _SAMPLE_ROWS)
     if batch is None or batch.num_rows == 0:
         raise InputError("the file has no row", where=str(file))
     sample = pa.Table.from_batches([batch])
@@ -67,7 +67,7 @@ def starter_task(file: Path, unlabelled: str | None = None, relative_to: Path = 
     few = [n for n in columns if n not in (text, identifier) and 2 <= distinct[n] <= min(_MOST_LABELS, rows // 2)]
     named = [n for n in few if any(word in n.lower() for word in ("label", "class", "category", "topic", "target"))]
     label = next(iter(named), next(iter(few), None))
-    names = sorted(name for name in tables.label_names_in(parquet, label) if name) if label else []
+    names = sorted(name for name in tables.label_names_in(parquet, label, str(file)) if name) if label else []
     return _task_text(file, unlabelled, relative_to, text, identifier, label, names, sample.column_names)
 
 
@@ -132,6 +132,8 @@ annotators:                      # one model is fine-tuned a pattern; two to fiv
 #   folds: 2                     # cross-validation; each fold costs one more fit
 # ensemble:
 #   weights: weighted            # or uniform
+# ipet:
+#   generations: 0               # iPET: 3 trains the annotators anew three times, on rows that others were sure of
 # student:
 #   temperature: 2.0
 # release:

@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError, StoreDamaged
+from pipeline.errors import StoreDamaged, room, writing
 from pipeline.leases import holder, locked
 from pipeline.locations import local_path
 
@@ -58,11 +58,15 @@ def sha256_of(path: Path) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write a small text file so that a reader sees the old or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync_tree(root: Path) -> None:
@@ -153,14 +157,14 @@ class Store:
         Raises:
             InputError: it can't be written.
         """
-        try:
+        with writing("the store", self.root, self._elsewhere):
             self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"can't write the store: {error}",
-                where=str(self.root),
-                fix=f"set {self.setting} to another directory",
-            ) from error
+            if not os.access(self.root, os.W_OK | os.X_OK):
+                raise PermissionError("the directory is read-only")
+
+    @property
+    def _elsewhere(self) -> str:
+        return f"set {self.setting} to another directory"
 
     def path_of(self, stage: str, key: str) -> Path:
         """Where an artifact lies, or would lie."""
@@ -169,6 +173,10 @@ class Store:
     def find(self, stage: str, key: str) -> Artifact | None:
         """The artifact, if it is there and its files have the sizes that the manifest states."""
         return artifact_in(self.path_of(stage, key))
+
+    def file(self, artifact: Artifact, name: str) -> str:
+        """The path or URL of a file of an artifact, for looking into it without fetching the others."""
+        return str(artifact.path / name)
 
     def fetch(self, artifact: Artifact) -> Artifact:
         """The same artifact with its files on this machine, each compared with its hash.
@@ -194,13 +202,13 @@ class Store:
         Two builders of one key take turns, and the second finds what the first left.
 
         Raises:
-            InputError: the store can't be written.
+            InputError: the store can't be written, or its disk is full.
         """
         found = self.find(stage, key)
         if found:
             return found
         self._create()
-        with locked(self.root / LOCKS / f"{stage}-{key}"):
+        with room(self.root, self._elsewhere), locked(self.root / LOCKS / f"{stage}-{key}"):
             found = self.find(stage, key)
             if found:
                 return found
@@ -263,7 +271,10 @@ class Store:
         name = f"{uuid.uuid4().hex}.json"
         record = self.root / USES / name
         record.parent.mkdir(exist_ok=True)
-        with (record.parent / f".{name}").open("w", encoding="utf-8") as file:
+        with (
+            room(self.root, self._elsewhere),
+            (record.parent / f".{name}").open("w", encoding="utf-8") as file,
+        ):
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(use_record(references, about))
             file.flush()

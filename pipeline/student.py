@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
@@ -22,6 +23,8 @@ from pipeline.base_model import BaseModel
 from pipeline.batching import by_length, pad, split_by_length
 from pipeline.cloze import load_tokenizer
 from pipeline.errors import InputError
+from pipeline.precision import attention_for, exact_outputs, scoring
+from pipeline.ragged import Ragged
 from pipeline.store import canonical_json
 from pipeline.tables import Floats
 from pipeline.template import Encoder, Template
@@ -51,11 +54,12 @@ class Student:
         self.model = AutoModelForSequenceClassification.from_pretrained(
             path,
             dtype=torch.float32,
-            attn_implementation="eager" if self.device.type == "cpu" else "sdpa",
+            **attention_for(self.device),
             id2label=dict(enumerate(self.labels)),
             label2id={label: i for i, label in enumerate(self.labels)},
         )
         self.model.to(self.device).eval()
+        exact_outputs(self.model.base_model)
         self.tokenizer = load_tokenizer(path)
         self.template = Template.parse(settings["template"])
         self.encoder = Encoder(self.tokenizer, settings["max_length"], settings["truncation"])
@@ -85,32 +89,29 @@ class Student:
         """The numbers that the profile asks for; master weights stay fp32."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def encode(self, texts: Texts) -> list[Any]:
-        """Rows as the student reads them, ragged token ids."""
-        return self.encoder.encode(self.template, texts).input_ids
+    def encode(self, texts: Texts) -> Ragged:
+        """Rows as the student reads them."""
+        return self.encoder.encode(self.template, texts).tokens
 
-    def logits(self, rows: list[Any]) -> torch.Tensor:
-        """Logits ``[rows, labels]`` of a small batch, with a graph when gradients are on."""
-        ids, attention = pad(rows, self.tokenizer.pad_token_id, self.device)
-        with self.autocast():
-            logits: torch.Tensor = self.model(input_ids=ids, attention_mask=attention).logits.float()
+    def logits(self, tokens: Ragged, rows: npt.NDArray[np.integer]) -> torch.Tensor:
+        """Logits ``[rows, labels]`` of some rows, with a graph when gradients are on."""
+        ids, attention = pad(tokens, rows, self.tokenizer.pad_token_id, self.device)
+        logits: torch.Tensor = self.model(input_ids=ids, attention_mask=attention).logits.float()
         return logits
 
     def log_probabilities(self, texts: Texts, progress: Progress | None = None) -> Floats:
         """Log-probabilities of the labels, float32 ``[rows, labels]``; equal texts are scored once."""
-        encoded = self.encode(texts)
-        first: dict[bytes, int] = {}
-        representative = np.fromiter((first.setdefault(row.tobytes(), i) for i, row in enumerate(encoded)), np.int64)
-        distinct, position = np.unique(representative, return_inverse=True)
+        tokens = self.encode(texts)
+        distinct, position = tokens.distinct()
         result = np.zeros((len(distinct), len(self.labels)), dtype=np.float32)
         done = 0
-        for batch in by_length([len(encoded[i]) for i in distinct]):
-            with torch.inference_mode():
-                logits = self.logits([encoded[distinct[i]] for i in batch])
+        with scoring(self.model, self.model.base_model, self.dtype):
+            for batch in by_length(tokens.lengths[distinct]):
+                logits = self.logits(tokens, distinct[batch])
                 result[batch] = logits.log_softmax(-1).cpu().numpy()
-            done += len(batch)
-            if progress:
-                progress(done, len(distinct))
+                done += len(batch)
+                if progress:
+                    progress(done, len(distinct))
         return result[position]
 
 
@@ -146,7 +147,7 @@ def distill(
     student = Student(base.path, settings, profile, seed=seed_of(seed, "head"))
     prepare_for_few_steps(student.model, dropout=spec["dropout"], freeze_embeddings=spec["freeze_embeddings"])
     temperature, batch_size = spec["temperature"], spec["batch_size"]
-    parts: list[tuple[list[Any], torch.Tensor, float, Iterator[Any]]] = []
+    parts: list[tuple[Ragged, torch.Tensor, float, Iterator[Any]]] = []
     if soft is not None:
         logits = torch.from_numpy(np.log(np.maximum(soft, 1e-8)))
         target = (logits / temperature).softmax(-1)
@@ -165,13 +166,13 @@ def distill(
         parts.append((student.encode(labelled.texts), hard, 1.0, epochs(len(labelled), rows, seed_of(seed, "hard"))))
 
     def losses_of_step(step: int) -> Iterator[torch.Tensor]:
-        chosen = [(rows, target, t, next(order)) for rows, target, t, order in parts]
+        chosen = [(tokens, target, t, next(order)) for tokens, target, t, order in parts]
         total = sum(len(numbers) for *_, numbers in chosen)
         with student.autocast():
-            for rows, target, t, numbers in chosen:
-                for part in split_by_length([len(rows[i]) for i in numbers]):
+            for tokens, target, t, numbers in chosen:
+                for part in split_by_length(tokens.lengths[numbers]):
                     some = numbers[part]
-                    scores = student.logits([rows[i] for i in some])
+                    scores = student.logits(tokens, some)
                     wanted = target[some].to(student.device)
                     yield F.kl_div((scores / t).log_softmax(-1), wanted, reduction="sum") * t * t / total
 

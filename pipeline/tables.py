@@ -7,9 +7,10 @@ column may be called whatever it likes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
+from pipeline.locations import filesystem, local_path, translated
+from pipeline.repeats import Hashes, find_repeats, gather, hashes_of_hex, hashes_of_texts
 
 TEXT, CARRY = "text.", "carry."
 BATCH_ROWS = 10_000
@@ -54,6 +57,52 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         raise InputError(
             f"can't read this as Parquet: {error}", where=str(path), fix="write it again; it may be truncated"
         ) from None
+
+
+def batches_of(
+    file: pq.ParquetFile, columns: list[str] | None, where: str, rows: int = BATCH_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a user's file.
+
+    Raises:
+        InputError: it is damaged behind its footer, or holds text that is no UTF-8: lone surrogates, or bytes of
+            another encoding, which Parquet takes as they come.
+    """
+    start = 0
+    try:
+        for batch in file.iter_batches(rows, columns=columns):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                at = _first_invalid(column)
+                if at is not None:
+                    raise InputError(
+                        f"row {start + at} holds text that is not UTF-8",
+                        where=f"{where}, column {name}",
+                        fix="write the column again as UTF-8",
+                    )
+            yield batch
+            start += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"can't read this Parquet to its end: {error}", where=where, fix="write it again") from None
+
+
+def first_rows(file: pq.ParquetFile, columns: list[str] | None, where: str, rows: int) -> pa.RecordBatch | None:
+    """The first batch of a user's file, see `batches_of`; None where it has no row."""
+    return next(batches_of(file, columns, where, rows), None)
+
+
+def _first_invalid(column: pa.Array) -> int | None:
+    """The first row of a column whose content is not what its type promises."""
+    try:
+        column.validate(full=True)
+        return None
+    except pa.ArrowInvalid:
+        pass
+    for at in range(len(column)):
+        try:
+            column.take(pa.array([at])).validate(full=True)  # a slice would still hold what lies around it
+        except pa.ArrowInvalid:
+            return at
+    return 0
 
 
 def is_readable(path: Path) -> bool:
@@ -192,19 +241,17 @@ def ingest(
     check_columns(file, roles, where)
     schema = rows_schema(roles, file.schema_arrow)
     class_names = _class_names(file.schema_arrow, roles.label)
-    seen = _Seen()
-    found = Ingested()
-    row_number = 0
+    # Read twice: whether a row's text or id repeats is known only when all have been seen.
+    ids = _Ids(file, roles, out, where)
+    found = Ingested(repeated=ids.repeated)
+    row_number, kept_number = 0, 0
     with (
         parquet_writer(out / "rows.parquet", schema) as rows,
         parquet_writer(out / "quarantine.parquet", QUARANTINE_SCHEMA) as aside,
     ):
-        for batch in _batches(file, roles.wanted, where):
+        for batch in batches_of(file, roles.wanted, where):
             texts = {column: as_strings(batch.column(column)) for column in roles.text}
-            blank = None
-            for text in texts.values():
-                empty = pc.equal(pc.utf8_trim_whitespace(pc.fill_null(text, "")), "")
-                blank = empty if blank is None else pc.and_(blank, empty)
+            blank = _blank(list(texts.values()))
             if pc.any(blank).as_py():
                 at = np.flatnonzero(np.asarray(blank)) + row_number
                 if not quarantine:
@@ -224,13 +271,11 @@ def ingest(
             plain = [_decoded(column) for column in batch.columns]
             batch = pa.RecordBatch.from_arrays(plain, names=batch.schema.names).filter(keep)
             shown = [pc.fill_null(texts[column].filter(keep), "") for column in roles.text]
-            columns = list(zip(*(column.to_pylist() for column in shown), strict=True))
-            hashes = [content_hash(row) for row in columns]
-            if roles.id is None:
-                ids = seen.number(hashes)
-            else:
-                ids = seen.check(as_strings(batch.column(roles.id)).to_pylist(), numbers, f"{where}, column {roles.id}")
-            arrays = [pa.array(ids, pa.string()), pa.array(hashes, pa.string()), *shown]
+            columns = [column.to_pylist() for column in shown]
+            hashes = [content_hash(row) for row in zip(*columns, strict=True)]
+            row_ids = ids.of(batch, hashes, kept_number, numbers)
+            kept_number += batch.num_rows
+            arrays = [pa.array(row_ids, pa.string()), pa.array(hashes, pa.string()), *shown]
             arrays += [batch.column(column) for column in roles.carry]
             if roles.label is not None:
                 assert label_names is not None
@@ -238,48 +283,78 @@ def ingest(
                 arrays.append(_label_numbers(given, label_names, numbers, f"{where}, column {roles.label}"))
             rows.write_batch(pa.record_batch(arrays, schema=schema))
             found.rows += batch.num_rows
-            found.characters += sum(len(text) for row in columns for text in row)
-            found.non_ascii += sum(not text.isascii() for row in columns for text in row)
-    found.repeated = seen.repeated
+            found.characters += sum(len(text) for column in columns for text in column)
+            found.non_ascii += sum(not text.isascii() for column in columns for text in column)
     return found
 
 
-def _batches(file: pq.ParquetFile, columns: list[str], where: str) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from file.iter_batches(BATCH_ROWS, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"can't read this Parquet to its end: {error}", where=where, fix="write it again") from None
+def _blank(texts: Sequence[pa.Array]) -> pa.Array:
+    """Which rows have no text in any column."""
+    empty = [pc.equal(pc.utf8_trim_whitespace(pc.fill_null(text, "")), "") for text in texts]
+    return functools.reduce(pc.and_, empty)
 
 
-class _Seen:
-    """Row ids met so far in one file."""
+class _Ids:
+    """The row ids of one file: the user's, or the content hash with a counter from its second occurrence.
 
-    def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self.repeated = 0
+    Args:
+        file: its id column, or else its text columns, are read through.
+        roles: its columns.
+        folder: for what does not fit into memory.
+        where: what errors call the file.
+    """
 
-    def number(self, hashes: list[str]) -> list[str]:
-        """Ids for rows without an id column: the content hash, with a counter from its second occurrence."""
-        ids = []
-        for content in hashes:
-            count = self._counts[content] = self._counts.get(content, 0) + 1
-            self.repeated += count > 1
-            ids.append(content if count == 1 else f"{content}-{count}")
-        return ids
+    def __init__(self, file: pq.ParquetFile, roles: ColumnRoles, folder: Path, where: str) -> None:
+        self.column = roles.id
+        self.where = f"{where}, column {roles.id}"
+        found = find_repeats(gather(self._hashes(file, roles, where), folder), folder)
+        self.repeated = 0 if self.column is not None else found.repeated
+        self._occurrence, self._group = found.occurrence, found.group
+        self._seen: dict[str, int] = {}
 
-    def check(self, ids: list[str | None], numbers: npt.NDArray[np.int64], where: str) -> list[str]:
-        checked = []
-        for row_id, number in zip(ids, numbers, strict=True):
-            if row_id is None:
-                raise InputError(f"row {number} has no id", where=where, fix="fill it, or leave inputs.id out")
-            if row_id in self._counts:
+    def _hashes(self, file: pq.ParquetFile, roles: ColumnRoles, where: str) -> Iterator[Hashes]:
+        """A hash for each row that has text."""
+        for batch in batches_of(file, [*roles.text, *([self.column] if self.column else [])], where):
+            texts = [as_strings(batch.column(column)) for column in roles.text]
+            keep = pc.invert(_blank(texts))
+            if self.column is not None:
+                ids = as_strings(batch.column(self.column)).filter(keep)
+                yield hashes_of_texts(pc.fill_null(ids, "").to_pylist())
+            else:
+                columns = [pc.fill_null(text.filter(keep), "").to_pylist() for text in texts]
+                yield hashes_of_hex(pa.array([content_hash(row) for row in zip(*columns, strict=True)], pa.string()))
+
+    def of(self, batch: pa.RecordBatch, hashes: list[str], start: int, numbers: npt.NDArray[np.int64]) -> list[str]:
+        """The ids of the next rows.
+
+        Args:
+            batch: the rows that have text.
+            hashes: their content hashes.
+            start: how many such rows came before.
+            numbers: their numbers in the file, for messages.
+
+        Raises:
+            InputError: a row has no id, or another row's.
+        """
+        rows = slice(start, start + batch.num_rows)
+        if self.column is None:
+            counts = self._occurrence[rows].tolist()
+            return [hash_ if n == 1 else f"{hash_}-{n}" for hash_, n in zip(hashes, counts, strict=True)]
+        ids: list[str | None] = as_strings(batch.column(self.column)).to_pylist()
+        if None in ids:
+            raise InputError(
+                f"row {numbers[ids.index(None)]} has no id", where=self.where, fix="fill it, or leave inputs.id out"
+            )
+        checked = [row_id for row_id in ids if row_id is not None]
+        for i in np.flatnonzero(self._group[rows] >= 0):  # compared as text: two ids may have one hash
+            row_id = checked[i]
+            if row_id in self._seen:
                 raise InputError(
-                    f"row {number} has the id {row_id!r}, as row {self._counts[row_id]} has",
-                    where=where,
+                    f"row {numbers[i]} has the id {row_id!r}, as row {self._seen[row_id]} has",
+                    where=self.where,
                     fix="make the ids unique, or leave inputs.id out: ids are then made from the text",
                 )
-            self._counts[row_id] = int(number)
-            checked.append(row_id)
+            self._seen[row_id] = int(numbers[i])
         return checked
 
 
@@ -300,11 +375,15 @@ def _label_texts(column: pa.Array, class_names: list[str] | None) -> list[str | 
     return texts
 
 
-def label_names_in(file: pq.ParquetFile, label: str) -> set[str | None]:
-    """The distinct label names of a file's label column."""
+def label_names_in(file: pq.ParquetFile, label: str, where: str) -> set[str | None]:
+    """The distinct label names of a file's label column.
+
+    Raises:
+        InputError: it can't be read to its end.
+    """
     names = _class_names(file.schema_arrow, label)
     found: set[str | None] = set()
-    for batch in file.iter_batches(BATCH_ROWS, columns=[label]):
+    for batch in batches_of(file, [label], where):
         found |= set(_label_texts(batch.column(0), names))
     return found
 
@@ -321,6 +400,29 @@ def _label_numbers(
                 fix=f"the task's labels are: {', '.join(names)}",
             )
     return pa.array([index[label] for label in given if label is not None], pa.int64())
+
+
+@contextmanager
+def opened(location: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file of ours at a path or URL; behind a URL only what is asked for is read."""
+    here = local_path(location)
+    if here is not None:
+        with pq.ParquetFile(here) as file:
+            yield file
+        return
+    fs, path = filesystem(location)
+    with translated(location), fs.open(path, "rb") as raw, pq.ParquetFile(raw) as file:
+        yield file
+
+
+def holds_content(location: str, contents: Collection[str]) -> bool:
+    """Whether a Parquet file of ours, at a path or URL, has a row with one of some content hashes."""
+    wanted = pa.array(sorted(contents), pa.string())
+    with opened(location) as file:
+        if "content_hash" not in file.schema_arrow.names:
+            return False
+        batches = file.iter_batches(BATCH_ROWS, columns=["content_hash"])
+        return any(pc.any(pc.is_in(batch.column(0), wanted)).as_py() for batch in batches)
 
 
 class Rows:
@@ -350,7 +452,7 @@ class Rows:
     def take(self, at: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
         """Some columns of the rows with the given ascending numbers, read batch by batch."""
         parts, start = [], 0
-        for batch in self.batches(columns):
+        for batch in self.batches(columns) if len(at) else ():
             mine = at[(at >= start) & (at < start + batch.num_rows)] - start
             parts.append(batch.take(pa.array(mine, pa.int64())))
             start += batch.num_rows

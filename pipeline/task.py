@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import difflib
 import glob
+import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +37,10 @@ from pipeline.settings import Settings
 from pipeline.tables import is_readable
 from pipeline.template import Template
 
+_MOST_VALUES = 100_000
+# What the YAML library lets through for a date that there is not, a number too long, or a value of another type than
+# its tag says.
+_NO_VALUE = (ValueError, KeyError, AttributeError)
 _OWN = ("root", "base_url")  # the library's own fields, not keys of the file
 
 
@@ -55,7 +61,7 @@ Columns = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
 class Section(BaseModel):
     """A part of the task file: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Inputs(Section):
@@ -126,6 +132,20 @@ class Ensemble(Section):
     )
 
 
+class Ipet(Section):
+    """Later generations of annotators, trained on what others were sure of (iPET)."""
+
+    generations: int = Field(
+        0, ge=0, le=10, description="how many times the annotators are trained anew on drawn rows too; 0 is PET"
+    )
+    growth: float = Field(
+        5.0, gt=1, le=100, description="d: labelled and drawn rows together grow by it each generation"
+    )
+    share: float = Field(
+        0.25, ge=0, le=1, description="lambda: the part of the other annotators that labels one's rows; one at least"
+    )
+
+
 class Sample(Section):
     """The transfer set: the unlabelled rows that the soft labels are made of."""
 
@@ -147,11 +167,25 @@ class Student(Section):
     template: str | None = Field(None, description="what it reads; by default the text columns, joined")
 
 
+class Gate(Section):
+    """When a new version is held, so that the one in force stays. No part of any key: limits change no byte."""
+
+    enabled: bool = Field(True, description="false puts every new version in force")
+    cv_drop: float = Field(
+        0.05, ge=0, le=1, description="hold where cross-validated accuracy fell by more, and beyond chance"
+    )
+    share_shift: float = Field(
+        0.2, ge=0, le=1, description="hold where more than this share of the rows would have to change labels"
+    )
+    min_rows: float = Field(0.5, ge=0, description="hold where there are fewer than so many times the rows")
+
+
 class Release(Section):
     """What is published."""
 
     path: str | None = Field(None, description="the release directory; by default releases/NAME")
     review_budget: int = Field(500, ge=0, description="rows for people to review")
+    gate: Gate = Gate()
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -209,6 +243,7 @@ class Task(Section):
     )
     training: Training = Training()
     ensemble: Ensemble = Ensemble()
+    ipet: Ipet = Ipet()
     sample: Sample = Sample()
     student: Student = Student()
     release: Release = Release()
@@ -256,8 +291,9 @@ class Task(Section):
         """Each member of the ensemble: its name, its annotator and its seed."""
         for i, annotator in enumerate(self.annotators):
             base = annotator.name or f"p{i}"
-            # Without labelled rows nothing is trained, and models of different seeds are one and the same.
-            seeds = annotator.seeds if self.inputs.labelled is not None else 1
+            # Where nothing is trained, models of different seeds are one and the same.
+            trained = self.inputs.labelled is not None or self.ipet.generations > 0
+            seeds = annotator.seeds if trained else 1
             for seed in range(seeds):
                 yield (base if seeds == 1 else f"{base}-s{seed}"), annotator, seed
 
@@ -375,8 +411,7 @@ class Task(Section):
         here = locations.local_path(path)
         source = _source(path)
         try:
-            node = yaml.compose(source, Loader=yaml.SafeLoader)
-            raw = yaml.safe_load(source)
+            node, raw = _parsed(source, str(path))
         except yaml.YAMLError as error:
             raise InputError(f"this is not YAML: {error}", where=str(path)) from error
         if not isinstance(raw, dict):
@@ -406,6 +441,7 @@ class Task(Section):
         for own in _OWN:
             if own in raw:
                 raise InputError(f"{where}: unknown key {own!r}", fix="paths are relative to the task file")
+        _refuse_half_characters(raw, where)
         given: dict[str, Any] = {**raw, "root": Path(".") if isinstance(root, str) else root}
         if isinstance(root, str):
             given["base_url"] = root
@@ -438,6 +474,50 @@ def _source(path: str | Path) -> str:
         ) from error
 
 
+def _parsed(source: str, where: str) -> tuple[yaml.Node | None, Any]:
+    """The nodes of a YAML text, with their lines, and its values.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+        InputError: it is nested too deeply, or unfolds to more than any task has: a few lines of aliases to aliases
+            stand for billions of values.
+    """
+    try:
+        node = yaml.compose(source, Loader=yaml.SafeLoader)
+        if node is not None and _unfolded(node, {}) > _MOST_VALUES:
+            raise InputError(
+                f"its aliases unfold to more than {_MOST_VALUES} values", where=where, fix="write the values out"
+            )
+        return node, yaml.safe_load(source)
+    except _NO_VALUE as error:
+        raise yaml.YAMLError(f"a value can't be read: {error}") from error
+    except RecursionError:
+        raise InputError("the YAML is nested too deeply", where=where, fix="a task needs four levels") from None
+
+
+def _unfolded(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node stands for with its aliases written out; infinite for one that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is counted
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for pair in inner for part in pair] if isinstance(node, yaml.MappingNode) else inner
+        known[id(node)] = 1 + sum(_unfolded(part, known) for part in parts)
+    return known[id(node)]
+
+
+def _refuse_half_characters(raw: Mapping[str, Any], where: str) -> None:
+    """Make sure that every text is one: YAML's escapes, and bytes on a command line, may give lone surrogates.
+
+    Raises:
+        InputError: one is not.
+    """
+    try:
+        json.dumps(dict(raw), skipkeys=True, default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        around = ascii(error.object[max(error.start - 20, 0) : error.end])
+        raise InputError(f"a text holds half a character: {around}", where=where, fix="write it as UTF-8") from None
+
+
 def _fetched_base_model(name: Any, base_url: str | None) -> tuple[Path, str] | None:
     """The copy on this machine, and the URL, of a base model that is a directory behind a URL."""
     if not isinstance(name, str) or name == "embedded" or Path(name).is_absolute():
@@ -464,12 +544,12 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(steps):
         raise InputError(f"{override!r} is not dotted.key=value", where="--set", fix="for example training.steps=100")
     try:
-        parsed = yaml.safe_load(value)
+        _, parsed = _parsed(value, "--set")
     except yaml.YAMLError:
         parsed = value  # a pattern such as "{text} It was {mask}." is no YAML, and meant as it stands
     at: Any = raw
     for depth, step in enumerate(steps):
-        place: Any = int(step) if isinstance(at, list) and step.isdigit() else step
+        place: Any = int(step) if isinstance(at, list) and step.isdecimal() else step
         if isinstance(at, list) and not (isinstance(place, int) and place < len(at)):
             raise InputError(f"{key!r}: the list has no entry {step!r}; entries count from 0", where="--set")
         if depth == len(steps) - 1:

@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import InputError
+from pipeline.ragged import Numbers, Ragged, TokenIds, offsets_of, spread
 
 MASK = "mask"
+_TEXTS_AT_ONCE = 2048
 Truncation = Literal["head", "tail"]
-TokenIds = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -158,20 +159,17 @@ def fair_shares(lengths: Sequence[int], room: int) -> list[int]:
     return shares
 
 
+@dataclass(frozen=True)
 class TokenColumn:
-    """One column of a table, tokenised: ragged token ids, at most ``limit`` of each text kept.
+    """One column of a table, tokenised.
 
-    Args:
-        ids: int32 token ids of all rows, one after the other.
-        offsets: int64 ``[rows + 1]``, where each row begins.
-        full_lengths: int32 ``[rows]``, the tokens that each text had before the limit.
+    Attributes:
+        tokens: at most the model's length of each text.
+        full_lengths: int64 ``[rows]``, the tokens that each text had before that limit.
     """
 
-    def __init__(self, ids: TokenIds, offsets: npt.NDArray[np.int64], full_lengths: TokenIds) -> None:
-        self.ids, self.offsets, self.full_lengths = ids, offsets, full_lengths
-
-    def __getitem__(self, row: int) -> TokenIds:
-        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+    tokens: Ragged
+    full_lengths: Numbers
 
 
 @dataclass(frozen=True)
@@ -184,24 +182,23 @@ class Slot:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows ready for a model, ragged.
+    """Rows ready for a model.
 
     Attributes:
-        input_ids: one int32 array a row, special tokens included.
-        mask_at: int32 ``[rows, masks]``, where the mask tokens stand; ``masks`` is 0 without a slot.
-        pattern_at: for each row a bool array, true where the token belongs to the pattern, the slot or the
-            special tokens, false where it is the row's own text. Masked-language modelling stays off the
-            former.
+        tokens: token ids, special tokens included.
+        mask_at: int64 ``[rows, masks]``, where the mask tokens stand; ``masks`` is 0 without a slot.
+        own: bool, one for each of ``tokens.values``: true where the token is of the row's own text, false where it
+            belongs to the pattern, the slot or the special tokens. Masked-language modelling stays off the latter.
         shortened: bool ``[rows]``, true where text was cut.
     """
 
-    input_ids: list[TokenIds]
-    mask_at: TokenIds
-    pattern_at: list[npt.NDArray[np.bool_]]
+    tokens: Ragged
+    mask_at: Numbers
+    own: npt.NDArray[np.bool_]
     shortened: npt.NDArray[np.bool_]
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.tokens)
 
 
 class Encoder:
@@ -238,19 +235,19 @@ class Encoder:
 
     def tokenize(self, texts: Iterable[str], *, space_before: bool = False) -> TokenColumn:
         """Token ids of texts, without special tokens, each cut to the model's length."""
-        lead = " " if space_before else ""
-        encodings = self._backend.encode_batch_fast([lead + text for text in texts], add_special_tokens=False)
-        limit = self.max_length
-        rows: list[list[int]] = []
-        full = np.zeros(len(encodings), dtype=np.int32)
-        for i, encoding in enumerate(encodings):
-            ids = encoding.ids
-            full[i] = len(ids)
-            rows.append(ids[:limit] if self.truncation == "head" else ids[-limit:])
-        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
-        flat = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(offsets[-1]))
-        return TokenColumn(flat, offsets, full)
+        lead, limit = " " if space_before else "", self.max_length
+        texts = list(texts)
+        parts, full = [], np.zeros(len(texts), dtype=np.int64)
+        # A piece at a time: what the tokenizer says of a text, with offsets and the like, takes some kilobytes.
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = [lead + text for text in texts[start : start + _TEXTS_AT_ONCE]]
+            rows = [encoding.ids for encoding in self._backend.encode_batch_fast(some, add_special_tokens=False)]
+            full[start : start + len(rows)] = [len(row) for row in rows]
+            if self.truncation == "head":
+                parts.append(Ragged.of([row[:limit] for row in rows]))
+            else:
+                parts.append(Ragged.of([row[-limit:] for row in rows]))
+        return TokenColumn(Ragged.joined(parts), full)
 
     def _layout(self, template: Template) -> list[TokenIds | Slot | Mask]:
         """The template with its literal parts as token ids."""
@@ -261,7 +258,7 @@ class Encoder:
                 space = part.text.endswith(" ")
                 text = part.text.rstrip(" ")
                 if text:
-                    layout.append(self.tokenize([text]).ids)
+                    layout.append(self.tokenize([text]).tokens.values)
             elif isinstance(part, Column):
                 layout.append(Slot(part.name, space))
                 space = False
@@ -312,39 +309,45 @@ class Encoder:
         for slot in slots:
             if slot not in cache:
                 cache[slot] = self.tokenize(columns[slot.column], space_before=slot.space_before)
-        tokens = [cache[slot] for slot in slots]
-        rows = len(columns[template.columns[0]])
+        columns_of = [cache[slot] for slot in slots]
+        shares, shortened = self._shares(columns_of, room)
+        rows = len(shortened)
+        # What stands in each row, part by part: constant ids, or as much of a column's text as its share.
         prefix, suffix = (np.asarray(part, dtype=np.int32) for part in (self._prefix, self._suffix))
-        input_ids: list[TokenIds] = []
-        pattern_at: list[npt.NDArray[np.bool_]] = []
-        mask_at = np.zeros((rows, masks if template.has_mask else 0), dtype=np.int32)
-        shortened = np.zeros(rows, dtype=np.bool_)
         slot_ids = np.full(masks, self.tokenizer.mask_token_id, dtype=np.int32)
-        for row in range(rows):
-            texts = [column[row] for column in tokens]
-            full = sum(int(column.full_lengths[row]) for column in tokens)
-            if full > room:
-                shortened[row] = True
-                shares = fair_shares([len(text) for text in texts], room)
-                head = self.truncation == "head"
-                texts = [
-                    text[:share] if head else text[len(text) - share :]
-                    for text, share in zip(texts, shares, strict=True)
-                ]
-            pieces, fixed_flags = [prefix], [True]
-            behind = iter(texts)
-            length = len(prefix)
-            for part in layout:
-                if isinstance(part, Mask):
-                    mask_at[row] = np.arange(length, length + masks)
-                    piece = slot_ids
-                else:
-                    piece = next(behind) if isinstance(part, Slot) else part
-                pieces.append(piece)
-                fixed_flags.append(not isinstance(part, Slot))
-                length += len(piece)
-            pieces.append(suffix)
-            fixed_flags.append(True)
-            input_ids.append(np.concatenate(pieces))
-            pattern_at.append(np.repeat(fixed_flags, [len(piece) for piece in pieces]))
-        return Encoded(input_ids, mask_at, pattern_at, shortened)
+        parts = [prefix, *(slot_ids if isinstance(part, Mask) else part for part in layout), suffix]
+        share_of = iter(shares)
+        lengths = [
+            next(share_of) if isinstance(part, Slot) else np.full(rows, len(part), dtype=np.int64) for part in parts
+        ]
+        offsets = offsets_of(np.sum(lengths, axis=0))
+        values, own = np.empty(int(offsets[-1]), dtype=np.int32), np.zeros(int(offsets[-1]), dtype=np.bool_)
+        mask_at = np.zeros((rows, masks if template.has_mask else 0), dtype=np.int64)
+        behind = iter(columns_of)
+        starts = offsets[:-1].copy()
+        for part, length in zip(parts, lengths, strict=True):
+            if isinstance(part, Slot):
+                column = next(behind)
+                kept = column.tokens.offsets[:-1]
+                if self.truncation == "tail":
+                    kept = column.tokens.offsets[1:] - length
+                places = spread(starts, length)
+                values[places] = column.tokens.values[spread(kept, length)]
+                own[places] = True
+            else:
+                values[starts[:, None] + np.arange(len(part))] = part
+                if part is slot_ids:
+                    mask_at[:] = (starts - offsets[:-1])[:, None] + np.arange(masks)
+            starts += length
+        return Encoded(Ragged(values, offsets), mask_at, own, shortened)
+
+    def _shares(self, columns: Sequence[TokenColumn], room: int) -> tuple[list[Numbers], npt.NDArray[np.bool_]]:
+        """How many tokens of each column each row keeps, and which rows are shortened."""
+        full = np.sum([column.full_lengths for column in columns], axis=0)
+        shares = [column.tokens.lengths for column in columns]
+        shortened: npt.NDArray[np.bool_] = full > room
+        for row in np.flatnonzero(shortened):
+            fair = fair_shares([int(share[row]) for share in shares], room)
+            for share, given in zip(shares, fair, strict=True):
+                share[row] = given
+        return shares, shortened

@@ -18,7 +18,7 @@ _CLIP, _WEIGHT_DECAY = 1.0, 0.01  # paper, table 5
 
 
 class Diverged(ClozelineError):
-    """The loss is no longer a number."""
+    """The loss, or what follows from it, is no longer a number."""
 
 
 def seed_of(*parts: object) -> int:
@@ -87,7 +87,7 @@ def train(
         The loss of each step.
 
     Raises:
-        Diverged: a loss is not finite.
+        Diverged: a loss, or its gradient, is not finite.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -115,10 +115,12 @@ def train(
         for loss in losses_of_step(step):
             value += loss.item()
             if not math.isfinite(value):
-                raise Diverged(f"the loss became {value} at step {step + 1} of {steps}; lower the learning rate")
+                raise Diverged(f"the loss became {value} at step {step + 1} of {steps}")
             with torch.autocast(loss.device.type, enabled=False):  # the addend may come out of an open autocast
                 loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(trained, _CLIP)
+        norm = nn.utils.clip_grad_norm_(trained, _CLIP).item()
+        if not math.isfinite(norm):  # after the last step no loss would tell
+            raise Diverged(f"the gradient became {norm} at step {step + 1} of {steps}")
         optimizer.step()
         schedule.step()
         losses.append(value)

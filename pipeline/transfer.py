@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError, StorageTrouble
-from pipeline.locations import AT_ONCE, Entry, entries, entry_of, filesystem, join, local_path, translated
+from pipeline.errors import InputError, StorageTrouble, room, writing
+from pipeline.locations import AT_ONCE, Entry, entries, entry_of, filesystem, inside, join, local_path, translated
 
 _TRIES = 3
+_ELSEWHERE = "set CLOZELINE_CACHE to another directory"
 
 
 def fetch_file(url: str, cache: Path) -> Path:
@@ -73,11 +74,12 @@ def _cached(cache: Path, identity: str, path: str) -> Path:
 
 
 def _download(fs: Any, path: str, target: Path, url: str, size: int | None = None) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with writing("the copies of remote files", target.parent, _ELSEWHERE):
+        target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{uuid.uuid4().hex[:8]}.part")
     try:
         for _ in range(_TRIES):
-            with translated(url):
+            with translated(url), room(target.parent, _ELSEWHERE):
                 fs.get_file(path, str(temporary))
             if size is None or temporary.stat().st_size == size:
                 break
@@ -104,7 +106,7 @@ def fetch_files(url: str, sizes: Mapping[str, int], out: Path) -> None:
 
     def fetch_one(name: str) -> None:
         source = join(url, name)
-        _download(fs, fs._strip_protocol(source), out / name, source, sizes[name])
+        _download(fs, fs._strip_protocol(source), inside(out, name), source, sizes[name])
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(fetch_one, sizes))

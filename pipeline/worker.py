@@ -78,6 +78,8 @@ class StageProcess:
         # Threads that spin while they wait starve whatever else runs on the machine, another worker above all:
         # two fits side by side on two cores took five times as long as with threads that sleep.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # Each batch has a shape of its own, and oneDNN would keep what it made for the last thousand: some 300 MB.
+        environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         self._stopped = False

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.batching import batch_share, by_length, pad, set_batch_share, split_by_length
+from pipeline.ragged import Ragged
 
 lengths_of_rows = st.lists(st.integers(0, 300), max_size=60)
 
@@ -30,7 +31,7 @@ def test_the_longest_rows_come_first(lengths: list[int], budget: int) -> None:
 
 @given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=12), min_size=1, max_size=8))
 def test_padding_stands_behind_each_row_and_is_masked(rows: list[list[int]]) -> None:
-    ids, mask = pad([np.array(row, dtype=np.int32) for row in rows], 0, torch.device("cpu"))
+    ids, mask = pad(Ragged.of(rows), np.arange(len(rows)), 0, torch.device("cpu"))
     assert ids.dtype == mask.dtype == torch.int64
     assert ids.shape == mask.shape == (len(rows), max(map(len, rows)))
     for row, padded, seen in zip(rows, ids.tolist(), mask.tolist(), strict=True):

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -134,6 +136,23 @@ def test_a_wrong_value_is_told_wherever_the_settings_are_read(monkeypatch: pytes
         Settings()
 
 
+def test_check_counts_the_work_of_every_generation(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], tiny_task: Callable[..., Path]
+) -> None:
+    def told(generations: int) -> dict[str, Any]:
+        override = f"ipet.generations={generations}"
+        output = in_process(monkeypatch, environment, "check", str(tiny_task()), "--set", override, "--json")
+        found: dict[str, Any] = json.loads(output)
+        return found
+
+    plain, with_ipet = told(0), told(2)
+    assert (plain["annotators"], plain["fits"], plain["model_passes"]) == (2, 6, 8)
+    # Two more fits of two annotators without folds, and as many passes over the transfer set.
+    assert (with_ipet["annotators"], with_ipet["fits"], with_ipet["model_passes"]) == (2, 10, 12)
+    assert with_ipet["teraflops"] >= plain["teraflops"]
+    assert with_ipet["device_hours"] > plain["device_hours"]
+
+
 def test_check_shows_no_bar_of_a_library(environment: dict[str, str], tiny_task: Callable[..., Path]) -> None:
     done = clozeline(environment, "check", str(tiny_task()))
     assert (done.returncode, done.stderr) == (0, "")
@@ -233,3 +252,57 @@ def test_store_gc_only_tells_what_would_go_unless_told_to_remove_it(
 )
 def test_sizes_for_people(count: float, shown: str) -> None:
     assert human_bytes(count) == shown
+
+
+@pytest.fixture
+def two_versions(tmp_path: Path) -> Path:
+    """A release with two whole versions of one row each, the second in force."""
+    release = tmp_path / "release"
+    for name in ("0001-aaaaaaaa", "0002-bbbbbbbb"):
+        version = release / "versions" / name
+        (version / "data").mkdir(parents=True)
+        pq.write_table(pa.table({"row_id": ["a"], "content_hash": ["0" * 16]}), version / "data" / "rest-0.parquet")
+        manifest = {"rows": {"rest": 1}, "files": {"data/rest-0.parquet": {"bytes": 0, "sha256": ""}}}
+        (version / "manifest.json").write_text(json.dumps(manifest))
+        (version / "_SUCCESS").touch()
+    (release / "LATEST").write_text("0002-bbbbbbbb\n")
+    return release
+
+
+def test_versions_are_listed_rolled_back_and_promoted(
+    two_versions: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = str(two_versions)
+    assert "in force: 0001-aaaaaaaa; held: 0002-bbbbbbbb" in in_process(monkeypatch, environment, "rollback", release)
+    monkeypatch.setenv("COLUMNS", "160")
+    listed = json.loads(in_process(monkeypatch, environment, "versions", release, "--json"))
+    assert [(row["name"], row["state"], row["reasons"]) for row in listed] == [
+        ("0001-aaaaaaaa", "in force", []),
+        ("0002-bbbbbbbb", "held", ["rolled back to 0001-aaaaaaaa"]),
+    ]
+    assert "0002-bbbbbbbb" in in_process(monkeypatch, environment, "versions", release)
+    assert "in force: 0002-bbbbbbbb" in in_process(monkeypatch, environment, "promote", release)
+
+
+def test_forget_only_tells_what_would_go_unless_told_to(
+    two_versions: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("forget", "a", "--release", str(two_versions))
+    assert "dry run: 1 rows would be forgotten" in in_process(monkeypatch, environment, *command)
+    told = json.loads(in_process(monkeypatch, environment, *command, "--json"))
+    assert (told["removed"], told["versions"]) == (False, {"0001-aaaaaaaa": 1, "0002-bbbbbbbb": 1})
+    files = sorted(two_versions.rglob("*.parquet"))
+    assert [pq.read_metadata(file).num_rows for file in files] == [1, 1]
+    assert "forgotten: 1 rows" in in_process(monkeypatch, environment, *command, "--yes")
+    assert [pq.read_metadata(file).num_rows for file in files] == [0, 0]
+
+
+@pytest.mark.parametrize("command", ["versions", "promote", "rollback"])
+def test_commands_on_a_path_without_versions_name_it_and_the_fix(
+    command: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    done = clozeline(environment, command, str(tmp_path / "nothing"))
+    assert done.returncode == 2
+    assert f"in: {tmp_path / 'nothing'}" in done.stderr
+    assert "fix: give a release's directory or URL" in done.stderr
+    assert not (tmp_path / "nothing").exists()

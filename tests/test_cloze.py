@@ -12,10 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel
+from transformers.modeling_outputs import MaskedLMOutput
 
 from pipeline.batching import pad
 from pipeline.cloze import ClozeModel, WordScorer, load_tokenizer, stack_words
+from pipeline.errors import InputError
+from pipeline.ragged import Ragged
 from pipeline.template import Encoded, Encoder, Template
 from pipeline.verbalizer import Verbalizer
 from tests.conftest import BAD, GOOD, POSITIONS, sentence
@@ -62,8 +65,8 @@ class Scene:
         self.mask_id = tokenizer.mask_token_id
 
     def batch(self, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ids, attention = pad(encoded.input_ids, self.pad_id, torch.device("cpu"))
-        return ids, attention, torch.from_numpy(encoded.mask_at.astype(np.int64))
+        ids, attention = pad(encoded.tokens, np.arange(len(encoded)), self.pad_id, torch.device("cpu"))
+        return ids, attention, torch.from_numpy(encoded.mask_at)
 
     def expected_word_scores(self) -> torch.Tensor:
         """Word by word and row by row, from the full forward pass of the plain model, without padding."""
@@ -72,7 +75,7 @@ class Scene:
         for row in range(ROWS):
             at_masks = {}
             for width, inputs in self.encoded.items():
-                ids = torch.from_numpy(inputs.input_ids[row].astype(np.int64))
+                ids = torch.from_numpy(inputs.tokens[row].astype(np.int64))
                 logits = self.plain(input_ids=ids[None]).logits[0, ids == self.mask_id]
                 at_masks[width] = logits.log_softmax(-1) if mixed else logits
             scores = []
@@ -106,7 +109,7 @@ def test_word_scores_are_the_full_forwards_logits_at_the_mask(
     pattern: str, words: str, scene: Callable[[str, str], Scene]
 ) -> None:
     given = scene(pattern, words)
-    lengths = {len(row) for inputs in given.encoded.values() for row in inputs.input_ids}
+    lengths = {len(row) for inputs in given.encoded.values() for row in inputs.tokens}
     assert len(lengths) > 3  # so that batches are padded
     assert max(lengths) == POSITIONS
     with torch.no_grad():
@@ -165,6 +168,7 @@ def test_logits_anywhere_and_over_the_whole_vocabulary_are_the_full_forwards(
 def test_only_the_words_rows_of_the_output_embedding_are_multiplied(scene: Callable[[str, str], Scene]) -> None:
     given = scene("middle", "several words a label")
     shapes: list[tuple[torch.Size, torch.Size]] = []
+    assert given.model.decoder is not None
     given.model.decoder.register_forward_hook(
         lambda module, inputs, output: shapes.append((inputs[0].shape, output.shape))
     )
@@ -180,9 +184,7 @@ def test_scores_of_a_row_do_not_depend_on_its_company(scene: Callable[[str, str]
     together = given.scorer.score(given.encoded)
     inputs = given.encoded[1]
     for row in (0, 3, 5):
-        alone = Encoded(
-            [inputs.input_ids[row]], inputs.mask_at[[row]], [inputs.pattern_at[row]], inputs.shortened[[row]]
-        )
+        alone = Encoded(Ragged.of([inputs.tokens[row]]), inputs.mask_at[[row]], inputs.own[:0], inputs.shortened[[row]])
         assert np.abs(given.scorer.score({1: alone})[0] - together[row]).max() < EXACT
 
 
@@ -233,32 +235,158 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "distilbert": _DISTILBERT,
     "deberta": _COMMON,
     "deberta-v2": {**_COMMON, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 16},
+    # Its own head, as the published weights have it: it is handed the word embeddings, so that all are multiplied.
+    "deberta-v2 with its own head": {**_COMMON, "relative_attention": True, "position_buckets": 16, "legacy": False},
     "modernbert": {**_COMMON, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
 }
 
 
 def _make(family: str, path: Path) -> Any:
     torch.manual_seed(1)
-    config = AutoConfig.for_model(family, **FAMILIES[family])
+    config = AutoConfig.for_model(family.split()[0], **FAMILIES[family])
     AutoModelForMaskedLM.from_config(config).save_pretrained(path)
     return AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
+class FamilyScene:
+    """A tiny random model of a family, beside itself loaded plainly, and rows with masks in several places."""
+
+    ROWS, COLUMNS = torch.tensor([[0, 0], [1, 1], [2, 2]]), torch.tensor([[0, 1], [3, 8], [15, 16]])
+    WORDS = torch.tensor([7, 9, 70])
+
+    def __init__(self, family: str, padded: bool, path: Path, profile: Mapping[str, str]) -> None:
+        self.plain = _make(family, path)
+        self.model = ClozeModel(path, profile)
+        self.ids = torch.randint(5, 80, (3, 17), generator=torch.Generator().manual_seed(0))
+        self.attention = torch.ones_like(self.ids)
+        if padded:
+            self.ids[1, 9:], self.attention[1, 9:] = FAMILIES[family]["pad_token_id"], 0
+
+    def expected(self) -> torch.Tensor:
+        logits: torch.Tensor = self.plain(input_ids=self.ids, attention_mask=self.attention).logits
+        return logits[self.ROWS, self.COLUMNS]
+
+    def found(self, words: torch.Tensor | None) -> torch.Tensor:
+        return self.model.logits_at(self.ids, self.attention, self.ROWS, self.COLUMNS, words)
+
+
+@pytest.fixture(params=[True, False], ids=["padded", "unpadded"])
+def family_scene(
+    request: pytest.FixtureRequest, tmp_path: Path, profile: Mapping[str, str]
+) -> Callable[[str], FamilyScene]:
+    return lambda family: FamilyScene(family, request.param, tmp_path, profile)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_scores_as_its_own_full_forward(family: str, tmp_path: Path, profile: Mapping[str, str]) -> None:
-    plain = _make(family, tmp_path)
-    model = ClozeModel(tmp_path, profile)
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 80, (3, 17), generator=draw)
-    attention = torch.ones_like(ids)
-    ids[1, 9:], attention[1, 9:] = FAMILIES[family]["pad_token_id"], 0
-    rows, columns = torch.tensor([[0], [1], [2]]), torch.tensor([[0], [8], [16]])
-    words = torch.tensor([7, 9, 70])
+def test_every_family_scores_as_its_own_full_forward(family: str, family_scene: Callable[[str], FamilyScene]) -> None:
+    given = family_scene(family)
     with torch.no_grad():
-        full = plain(input_ids=ids, attention_mask=attention).logits[rows, columns]
-        assert (model.logits_at(ids, attention, rows, columns) - full).abs().max() < EXACT
-        assert (model.logits_at(ids, attention, rows, columns, words) - full[..., words]).abs().max() < EXACT
+        full = given.expected()
+        assert (given.found(None) - full).abs().max() < EXACT
+        assert (given.found(given.WORDS) - full[..., given.WORDS]).abs().max() < EXACT
+    with given.model.scoring():
+        assert (given.found(given.WORDS) - full[..., given.WORDS]).abs().max() < EXACT
     assert full.std() > 0.1
+    assert given.model.shortcut == ("positions" if "its own head" in family else "label words")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gradient_step_of_every_family_is_that_of_its_full_forward(
+    family: str, family_scene: Callable[[str], FamilyScene]
+) -> None:
+    given = family_scene(family)
+    targets = torch.tensor([0, 1, 2, 0, 1, 2])
+    F.cross_entropy(given.found(given.WORDS).flatten(0, 1), targets).backward()
+    F.cross_entropy(given.expected()[..., given.WORDS].flatten(0, 1), targets).backward()
+    mine, theirs = dict(given.model.model.named_parameters()), dict(given.plain.named_parameters())
+    assert set(mine) == set(theirs)
+    for model in (given.model.model, given.plain):
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    before = AutoModelForMaskedLM.from_pretrained(given.plain.config._name_or_path).state_dict()
+    moved = max(float((parameter.detach() - before[name]).abs().max()) for name, parameter in theirs.items())
+    assert moved > 0.01
+    for name, parameter in theirs.items():
+        assert (mine[name] - parameter).abs().max() < EXACT, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_scores_in_bf16_close_to_fp32(family: str, tmp_path: Path, profile: Mapping[str, str]) -> None:
+    given = FamilyScene(family, True, tmp_path, {**profile, "dtype": "bfloat16"})
+    with torch.no_grad():
+        full = given.expected()[..., given.WORDS]
+    with given.model.scoring():
+        apart = (given.found(given.WORDS) - full).abs().max()
+    assert apart < 0.25
+    assert (apart > EXACT) == (given.model.shortcut == "label words")
+
+
+class NeighbourlyConfig(BertConfig):
+    model_type = "neighbourly"
+
+
+class NeighbourlyForMaskedLM(BertForMaskedLM):
+    """A head that looks at the next position, too: no position can be scored without its neighbours."""
+
+    config_class = NeighbourlyConfig
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **others: Any) -> MaskedLMOutput:
+        hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+        return MaskedLMOutput(logits=self.cls(hidden + hidden.roll(1, dims=-2)))
+
+
+class TupleForMaskedLM(BertForMaskedLM):
+    """A model whose encoder gives a plain tuple, which no hook changes."""
+
+    config_class = type("TupleConfig", (BertConfig,), {"model_type": "tuple-bert"})
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **others: Any) -> MaskedLMOutput:
+        hidden, *_ = self.bert(input_ids, attention_mask=attention_mask, return_dict=False)
+        return MaskedLMOutput(logits=self.cls(hidden))
+
+
+@pytest.mark.parametrize("kind", [NeighbourlyForMaskedLM, TupleForMaskedLM])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_unknown_family_is_scored_by_its_full_forward(
+    kind: Any, dtype: str, tmp_path: Path, profile: Mapping[str, str]
+) -> None:
+    config_class = kind.config_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModelForMaskedLM.register(config_class, kind, exist_ok=True)
+    torch.manual_seed(0)
+    plain = kind(config_class(**_COMMON)).eval()
+    plain.save_pretrained(tmp_path)
+    model = ClozeModel(tmp_path, {**profile, "dtype": dtype})
+    assert model.shortcut == "none"
+    ids = torch.randint(5, 80, (2, 9), generator=torch.Generator().manual_seed(0))
+    attention, rows, columns, words = (
+        torch.ones_like(ids),
+        torch.tensor([0, 1]),
+        torch.tensor([3, 8]),
+        torch.tensor([9]),
+    )
+    with torch.no_grad():
+        full = plain(ids, attention).logits[rows, columns]
+    with model.scoring():
+        assert (model.logits_at(ids, attention, rows, columns) - full).abs().max() < EXACT
+        assert (model.logits_at(ids, attention, rows, columns, words) - full[:, words]).abs().max() < EXACT
+
+
+def test_a_model_without_its_head_in_the_file_is_refused(tmp_path: Path, profile: Mapping[str, str]) -> None:
+    BertModel(BertConfig(**_COMMON)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"masked-LM head is not in its file: cls\.predictions") as caught:
+        ClozeModel(tmp_path, profile)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_scoring_gives_the_weights_back_as_they_were(tiny_model: Path, profile: Mapping[str, str]) -> None:
+    model = ClozeModel(tiny_model, {**profile, "dtype": "bfloat16"})
+    before = {name: (parameter.data_ptr(), parameter.dtype) for name, parameter in model.named_parameters()}
+    with model.scoring():
+        assert {parameter.dtype for parameter in model.model.base_model.parameters()} == {torch.bfloat16}
+        assert model.model.cls.predictions.transform.dense.weight.dtype == torch.float32
+    with pytest.raises(KeyboardInterrupt), model.scoring():
+        raise KeyboardInterrupt
+    assert {name: (parameter.data_ptr(), parameter.dtype) for name, parameter in model.named_parameters()} == before
 
 
 # ---- what training leaves ------------------------------------------------------------------------------

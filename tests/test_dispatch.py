@@ -33,6 +33,16 @@ def plan(tiny_task: MakeTask) -> Plan:
 
 
 @pytest.mark.parametrize("far", [False, True])
+def test_scoring_by_a_generation_is_sent_after_the_one_before(tiny_task: MakeTask, far: bool) -> None:
+    task = Task.load(tiny_task(changes={"ipet": {"generations": 2}}))
+    plan = build_plan(task, resolve_base_model(task.base_model, task.root))
+    sent: set[str] = set()
+    for group in grouped(plan, {call.key for call in plan.calls}, far=far):
+        assert {needed.key for call in group for needed in call.inputs.values()} <= sent
+        sent |= {call.key for call in group}
+
+
+@pytest.mark.parametrize("far", [False, True])
 def test_each_call_is_sent_once_and_after_what_it_needs(plan: Plan, far: bool) -> None:
     sent: set[str] = set()
     for group in grouped(plan, {call.key for call in plan.calls}, far=far):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.exports import export_queue
+from pipeline.exports import WITHOUT, export_queue
 
 LABELS = ["good & bad", '"fine"']
 
@@ -52,3 +52,11 @@ def test_doccano_has_one_line_a_row_in_the_queues_order(exported: dict[str, str]
     assert [line["row_id"] for line in lines] == ["a1", "b2"]
     assert lines[1]["text"] == "Heads <b>up</b>\nZwei\nZeilen"
     assert lines[0]["label"] == ['"fine"']
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT))
+def test_rows_are_left_out_by_their_content_and_the_others_stay_as_they_were(
+    name: str, exported: dict[str, str]
+) -> None:
+    assert WITHOUT[name](exported[name], {"f" * 16}) == exported[name]
+    assert "Heads" not in WITHOUT[name](exported[name], {"0" * 16})

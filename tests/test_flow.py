@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,37 @@ def test_ctrl_c_stops_and_leaves_no_process(machine: Machine, tiny_task: MakeTas
     assert process.returncode == 130
     assert "the same command goes on from here" in err
     machine.wait_until_nothing_runs()
+
+
+def test_a_version_that_looks_worse_fails_the_run_and_promote_puts_it_in_force(
+    machine: Machine, tiny_task: MakeTask, prefect_home: Path
+) -> None:
+    path = str(tiny_task())
+    first = Path(machine.summary(path)["release"])
+    release = first.parent.parent
+    worse = ("run", path, "--set", "release.review_budget=3", "--set", "release.gate.min_rows=2")
+    for _ in range(2):  # held once, and held still
+        code, _, err = machine.clozeline(*worse)
+        assert code == 1
+        for part in ("is held: LATEST stays at", "32 rows are fewer than 2 times the 32 rows", "clozeline promote"):
+            assert part in err
+    assert (release / "LATEST").read_text().strip() == first.name
+    with sqlite3.connect(prefect_home / "prefect.db") as database:
+        query = "select s.type, s.message from flow_run f join flow_run_state s on s.id = f.state_id"
+        failed = [message for kind, message in database.execute(query) if kind == "FAILED" and str(release) in message]
+    assert len(failed) == 2
+    assert all("32 rows are fewer than 2 times" in message for message in failed)
+
+    code, out, _ = machine.clozeline("versions", str(release), "--json")
+    assert (code, [version["state"] for version in json.loads(out)]) == (0, ["in force", "held"])
+    code, out, _ = machine.clozeline("store", "gc", "--json")
+    assert (code, json.loads(out)["goes"]) == (0, [])  # what the held version was made of is kept as well
+    held = json.loads(machine.clozeline("promote", str(release), "--json")[1])["in_force"]
+    assert held != first.name
+    assert (release / "LATEST").read_text().strip() == held
+    code, out, err = machine.clozeline(*worse, "--json")
+    assert code == 0, err
+    assert (Path(json.loads(out)["release"]).name, json.loads(out)["new"]) == (held, False)
 
 
 def test_wrong_input_exits_with_2_and_names_the_fix(machine: Machine, tiny_task: MakeTask) -> None:

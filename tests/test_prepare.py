@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
-from pipeline.prepare import prepare_rows, renames_of
-from pipeline.tables import ColumnRoles, Rows, ingest
+from pipeline.prepare import Renames, excluded_rows, prepare_rows
+from pipeline.tables import ColumnRoles, Rows, content_hash, ingest
 
 
 def shard(root: Path, name: str, texts: Sequence[str], ids: Sequence[str] | None = None) -> Rows:
@@ -30,18 +30,21 @@ def shard(root: Path, name: str, texts: Sequence[str], ids: Sequence[str] | None
     return Rows(out)
 
 
-def prepare(root: Path, shards: Sequence[Rows], *, given_ids: bool = False, **sets: Rows) -> dict[str, Any]:
+def prepare(
+    root: Path, shards: Sequence[Rows], *, given_ids: bool = False, forgotten: Sequence[str] = (), **sets: Rows
+) -> dict[str, Any]:
     names = [f"file-{i}.parquet" for i in range(len(shards))]
-    return prepare_rows(shards, sets, root, names=names, given_ids=given_ids)
+    return prepare_rows(shards, sets, root, names=names, given_ids=given_ids, forgotten=forgotten)
 
 
 def final_ids(root: Path, shards: Sequence[Rows]) -> list[list[str]]:
     """The ids of all rows, renames applied."""
     found = []
     for number, rows in enumerate(shards):
-        renamed = renames_of(root, number)
-        ids = rows.read(["row_id"]).column(0).to_pylist()
-        found.append([renamed.get(i, row_id) for i, row_id in enumerate(ids)])
+        ids = rows.read(["row_id"]).column(0).combine_chunks()
+        renames = Renames(root, number)
+        found.append([row_id for at in range(len(ids)) for row_id in renames.apply(ids[at : at + 1], at).to_pylist()])
+        assert renames.apply(ids, 0).to_pylist() == found[-1]
     return found
 
 
@@ -84,7 +87,16 @@ def test_rows_that_are_labelled_already_are_excluded_wherever_they_stand(tmp_pat
     counts = prepare(tmp_path, shards, labelled=shard(tmp_path, "labelled", ["a", "b", "z"]))
     excluded = pq.read_table(tmp_path / "excluded.parquet").to_pylist()
     assert [(row["shard"], row["row"]) for row in excluded] == [(0, 0), (0, 1), (0, 2), (1, 1)]
+    assert [excluded_rows(tmp_path, number).tolist() for number in (0, 1)] == [[0, 1, 2], [1]]
     assert counts["labelled_in_pool"] == 4
+
+
+def test_rows_with_a_forgotten_text_are_excluded_as_labelled_ones_are_and_once(tmp_path: Path) -> None:
+    shards = [shard(tmp_path, "one", ["a", "b", "c"]), shard(tmp_path, "two", ["c", "b"])]
+    forgotten = [content_hash([text]) for text in ("c", "a", "nowhere")]
+    counts = prepare(tmp_path, shards, labelled=shard(tmp_path, "labelled", ["a"]), forgotten=forgotten)
+    assert [excluded_rows(tmp_path, number).tolist() for number in (0, 1)] == [[0, 2], [0]]
+    assert (counts["labelled_in_pool"], counts["forgotten_in_pool"]) == (1, 3)
 
 
 def test_test_rows_in_the_pool_are_counted_and_stay(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from pipeline import locations
 from pipeline.errors import InputError
-from pipeline.publishing import Published, latest_manifest, publish, release_lease, release_path
+from pipeline.publishing import Published, publish, release_lease, release_path
 from pipeline.store import Artifact, Store, key_of
 from pipeline.task import Task
+from pipeline.versions import latest_manifest
 
 
 @pytest.fixture(params=["disk", "s3"])

@@ -149,9 +149,9 @@ def test_no_cross_validation_without_two_rows_of_each_label(quality: Any, benchm
     assert records["ensemble"]["accuracy"] is not None
 
 
-@pytest.mark.parametrize("prior", ["none", "labelled"])
+@pytest.mark.parametrize(("prior", "generations"), [("none", 0), ("labelled", 0), ("none", 2)])
 def test_the_numbers_are_those_of_the_flow(
-    quality: Any, benchmark: tuple[Path, Path], tmp_path: Path, prior: str
+    quality: Any, benchmark: tuple[Path, Path], tmp_path: Path, prior: str, generations: int
 ) -> None:
     data, task_file = benchmark
     raw = yaml.safe_load(task_file.read_text())
@@ -159,6 +159,7 @@ def test_the_numbers_are_those_of_the_flow(
     raw["training"] |= {"steps": 6, "learning_rate": 3e-3, "mlm_alpha": 0.01}
     raw["student"] |= {"steps": 6, "learning_rate": 3e-3}
     raw["ensemble"] = {"prior": prior}
+    raw["ipet"] = {"generations": generations, "growth": 1.5}
     raw["inputs"] |= {"id": None, "carry": []}
     task_file.write_text(yaml.safe_dump(raw, sort_keys=False))
     loaded = quality.Dataset.load(data / "tiny", Task.load(task_file), 100)
@@ -180,9 +181,34 @@ def test_the_numbers_are_those_of_the_flow(
         artifact, _ = run_stage(call.request(store))
         if call.stage == "evaluate":
             found = json.loads((artifact.path / "metrics.json").read_text())["test"]["methods"]
-    for mine, theirs in (("best-annotator", "best annotator"), ("ensemble", "weighted"), ("student", "student")):
+    same = [("best-annotator", "best annotator"), ("ensemble", "weighted"), ("student", "student")]
+    if generations:
+        same = [("ipet", "weighted"), ("ipet-student", "student")]
+    for mine, theirs in same:
         for metric in ("accuracy", "macro_f1"):
             assert records[mine][metric] == found[theirs][metric], (mine, metric)
+
+
+@pytest.mark.parametrize("labels", [0, 8])
+def test_generations_are_measured_beside_the_ensemble(
+    quality: Any, benchmark: tuple[Path, Path], tmp_path: Path, labels: int
+) -> None:
+    data, task = benchmark
+
+    def run(generations: int) -> list[dict[str, Any]]:
+        out = tmp_path / "quality.jsonl"
+        found: list[dict[str, Any]] = quality.run(
+            data, ["tiny"], [labels], 1, task=task, cap=12, ipet=generations, out=out
+        )
+        return found
+
+    plain, with_ipet = run(0), run(1)
+    assert [record["method"] for record in with_ipet] == [*quality.METHODS, "ipet", "ipet-student"]
+    assert all(record["accuracy"] is not None and record["seconds"] > 0 for record in with_ipet[-2:])
+    figures = [[(r["method"], r["accuracy"], r["macro_f1"]) for r in records] for records in (plain, with_ipet)]
+    assert figures[0] == figures[1][:-2]
+    assert run(0) == plain  # both are kept
+    assert "| ipet | ipet-student |" in quality.table(with_ipet, 12)
 
 
 def test_the_table_has_means_and_spreads(quality: Any) -> None:

@@ -24,11 +24,12 @@ from pipeline.errors import InputError, StorageTrouble, StoreDamaged
 from pipeline.housekeeping import collect
 from pipeline.plan import Plan, build_plan
 from pipeline.predict import find_student
-from pipeline.publishing import latest_manifest, publish
+from pipeline.publishing import publish
 from pipeline.remote_store import RemoteStore
 from pipeline.stages import run_stage
 from pipeline.store import MANIFEST, RUN, Store, key_of, open_store
 from pipeline.task import Task
+from pipeline.versions import latest_manifest
 
 KEY = key_of({"steps": 3})
 HEADER = {"version": 1, "spec": {"steps": 3}, "inputs": {}}

@@ -16,16 +16,12 @@ def floats(values: list[float]) -> np.ndarray:
     return np.asarray(values, dtype=np.float32)
 
 
-@given(shares, st.integers(0, 25))
-def test_the_lowest_margins_are_chosen_in_order(values: list[float], count: int) -> None:
-    chosen = lowest(floats(values), count)
-    assert len(chosen) == min(count, len(values))
-    assert len(set(chosen.tolist())) == len(chosen)
-    assert [values[i] for i in chosen] == sorted(values)[: len(chosen)]
-
-
-def test_ties_go_by_row_order() -> None:
-    assert lowest(floats([0.5, 0.1, 0.5, 0.1, 0.5]), 4).tolist() == [1, 3, 0, 2]
+@given(st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0, np.inf]), max_size=20), st.integers(0, 25), st.integers(1, 6))
+def test_the_lowest_margins_are_chosen_in_order_and_ties_by_row(values: list[float], count: int, cuts: int) -> None:
+    rows, margins = lowest(np.array_split(floats(values), cuts), count)
+    expected = sorted((i for i, value in enumerate(values) if value < np.inf), key=lambda i: (values[i], i))[:count]
+    assert rows.tolist() == expected
+    assert margins.tolist() == floats([values[i] for i in expected]).tolist()
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 0.1, 0.4, 1]), st.sampled_from([0, 0.2, 0.7])), min_size=1, max_size=20))

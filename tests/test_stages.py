@@ -7,7 +7,6 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,47 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, load_dataset
 
-from pipeline.base_model import resolve_base_model
 from pipeline.checks import check_task
 from pipeline.errors import InputError
-from pipeline.plan import Plan, build_plan
 from pipeline.predict import predict_file
-from pipeline.publishing import latest_manifest, publish
 from pipeline.stages import run_stage
-from pipeline.store import Store
+from pipeline.store import Artifact
 from pipeline.task import Task
 from tests.conftest import BAD, GOOD, sentence
+from tests.stage_run import Run
 
 MakeTask = Callable[..., Path]
-
-
-class Run:
-    """A task run stage by stage in this process, published below its own directory."""
-
-    def __init__(self, path: Path, store: Path | None = None) -> None:
-        self.path, self.store = path, Store(store or path.parent / "store")
-        self.out = path.parent / "releases"
-
-    def plan(self, *overrides: str) -> Plan:
-        task = Task.load(self.path, overrides)
-        check_task(task)
-        return build_plan(task, resolve_base_model(task.base_model, task.root), latest_manifest(self.out))
-
-    def __call__(self, *overrides: str) -> list[str]:
-        """Run and publish; returns the titles of the stages that were executed."""
-        plan = self.plan(*overrides)
-        results = [(call.title, *run_stage(call.request(self.store))) for call in plan.calls]
-        self.published = publish(results[-1][1], self.out)
-        self.version = Path(self.published.path)
-        return [title for title, _, built in results if built]
-
-    def bytes(self) -> dict[str, bytes]:
-        files = [*self.version.glob("data/*"), *self.version.glob("model/*.safetensors")]
-        return {str(file.relative_to(self.version)): file.read_bytes() for file in sorted(files)}
-
-    def rows(self, split: str) -> list[dict[str, Any]]:
-        table = pa.concat_tables(pq.read_table(file) for file in sorted(self.version.glob(f"data/{split}-*.parquet")))
-        return table.to_pylist()
 
 
 @pytest.fixture
@@ -382,3 +350,127 @@ def test_unreadable_file_stops_the_run_unless_told_to_skip_it(tiny_task: MakeTas
     assert check_task(Task.load(run.path, [skip])) == ["unlabelled-2.parquet can't be read as Parquet and is left out"]
     run(skip)
     assert len(run.rows("rest")) + len(run.rows("review")) == 24
+
+
+# ---- iPET ----------------------------------------------------------------------------------------------
+
+
+def found(run: Run, title: str, *overrides: str) -> Artifact:
+    """What the stage of a title left."""
+    call = next(call for call in run.plan(*overrides).calls if call.title == title)
+    artifact = run.store.find(call.stage, call.key)
+    assert artifact is not None
+    return artifact
+
+
+@pytest.mark.parametrize("labelled", ["labelled.parquet", None])
+def test_generations_train_on_drawn_rows_and_the_last_is_used(tiny_task: MakeTask, labelled: str | None) -> None:
+    run = Run(tiny_task(changes={"ipet": {"generations": 2, "growth": 1.5}, "inputs": {"labelled": labelled}}))
+    executed = run()
+    order = [title for title in executed if title.split()[0] in {"fit", "select"} and " p0" in title]
+    assert order == [
+        "fit p0",
+        "select p0 generation 1",
+        "fit p0 generation 1",
+        "select p0 generation 2",
+        "fit p0 generation 2",
+    ]
+    assert [title for title in executed if title.startswith("annotate p0")] == [
+        "annotate p0 on transfer",
+        "annotate p0 generation 1 on transfer",
+        "annotate p0 generation 2 on transfer",
+        "annotate p0 generation 2 on queue",
+        "annotate p0 generation 2 on test",
+    ]
+    # 8 labelled rows become 12 and 18 in all; without them ten are drawn, then half as many again, rounded up.
+    rows = [found(run, f"select p0 generation {generation}").meta["label_counts"] for generation in (1, 2)]
+    expected = [(2, 2), (5, 5)] if labelled else [(5, 5), (8, 8)]
+    assert [(counts["good"], counts["bad"]) for counts in rows] == expected
+    fitted = found(run, "fit p0 generation 2")
+    assert fitted.meta["labelled_rows"] == (8 if labelled else 0)
+    assert fitted.meta["drawn_rows"] == sum(expected[1])
+    assert run() == []
+
+
+def test_drawn_rows_come_from_the_transfer_set_with_the_labels_they_were_drawn_for(tiny_task: MakeTask) -> None:
+    run = Run(tiny_task(changes={"ipet": {"generations": 1, "growth": 2}}))
+    run()
+    drawn = pq.read_table(found(run, "select p0 generation 1").path / "rows.parquet")
+    assert drawn.column_names == ["content_hash", "text.text", "label"]
+    texts = drawn.column("text.text").to_pylist()
+    assert len(set(texts)) == len(texts) == 8
+    assert set(texts) <= set(pq.read_table(run.path.parent / "unlabelled.parquet").column("text").to_pylist())
+    # With two annotators the other one is the teacher; rows beyond its predictions are told.
+    scores = pq.read_table(found(run, "annotate p1 on transfer").path / "scores.parquet").column(0).to_pylist()
+    sample = pq.read_table(found(run, "sample transfer set").path / "rows.parquet").column("text.text").to_pylist()
+    predicted = dict(zip(sample, np.argmax(scores, axis=1).tolist(), strict=True))
+    other = sum(predicted[text] != label for text, label in zip(texts, drawn.column("label").to_pylist(), strict=True))
+    assert other <= sum(found(run, "select p0 generation 1").meta["filled"].values())
+
+
+def test_weights_and_cross_validation_are_those_of_generation_0(tiny_task: MakeTask) -> None:
+    run = Run(tiny_task())
+    run()
+    plain = json.loads((run.version / "metrics.json").read_text())
+    run("ipet.generations=1")
+    metrics = json.loads((run.version / "metrics.json").read_text())
+    assert metrics["summary"]["weights"] == plain["summary"]["weights"]
+    assert metrics["cross_validation"] == plain["cross_validation"]
+    assert not (found(run, "fit p0 generation 1", "ipet.generations=1").path / "cv.parquet").exists()
+    for name in ("README.md", "report.html"):
+        assert "generation 1 of iPET" in (run.version / name).read_text()
+    run()
+    assert all("iPET" not in (run.version / name).read_text() for name in ("README.md", "report.html"))
+
+
+def test_one_annotator_teaches_itself(tiny_task: MakeTask) -> None:
+    run = Run(tiny_task(changes={"annotators": ["{text} It was {mask}."], "ipet": {"generations": 2, "growth": 1.5}}))
+    assert "fit p0 generation 2" in run()
+    assert run() == []
+
+
+def test_seeds_of_one_pattern_are_others_once_they_are_trained(tiny_task: MakeTask) -> None:
+    annotator = {"pattern": "{text} It was {mask}.", "seeds": 3}
+    changes = {"annotators": [annotator], "inputs": {"labelled": None}, "ipet": {"generations": 1}}
+    executed = Run(tiny_task(changes=changes))()
+    assert [title for title in executed if title.startswith("fit")] == [
+        "fit p0-s0",
+        *(f"fit p0-s{seed} generation 1" for seed in range(3)),
+    ]
+
+
+def test_changed_growth_refits_later_generations_alone(tiny_task: MakeTask) -> None:
+    run = Run(tiny_task(changes={"ipet": {"generations": 1}}))
+    run("ipet.growth=2")
+    fits = [title for title in run("ipet.growth=1.5") if title.startswith(("fit", "select"))]
+    assert sorted(fits) == [
+        "fit p0 generation 1",
+        "fit p1 generation 1",
+        "select p0 generation 1",
+        "select p1 generation 1",
+    ]
+
+
+def test_growth_does_not_touch_the_first_generation_without_labelled_rows(tiny_task: MakeTask) -> None:
+    run = Run(tiny_task(changes={"inputs": {"labelled": None}, "ipet": {"generations": 2}}))
+
+    def keys(growth: float) -> dict[str, str]:
+        return {call.title: call.key for call in run.plan(f"ipet.growth={growth}").calls}
+
+    one, other = keys(2), keys(3)
+    assert one["fit p0 generation 1"] == other["fit p0 generation 1"]
+    assert one["fit p0 generation 2"] != other["fit p0 generation 2"]
+
+
+def test_another_generation_leaves_those_before_as_they_are(tiny_task: MakeTask) -> None:
+    run = Run(tiny_task(changes={"ipet": {"growth": 1.5}}))
+    run()
+    for generation in (1, 2):
+        fits = {title for title in run(f"ipet.generations={generation}") if title.startswith("fit")}
+        assert fits == {f"fit p{i} generation {generation}" for i in (0, 1)}
+
+
+def test_settings_of_ipet_change_no_key_where_it_is_off(run: Run) -> None:
+    plain = [call.key for call in run.plan().calls]
+    assert [call.key for call in run.plan("ipet.growth=2", "ipet.share=0.5").calls] == plain
+    assert not run.plan().find("select")

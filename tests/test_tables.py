@@ -307,7 +307,7 @@ def test_class_labels_are_read_by_their_names_not_their_numbers(
     assert pq.read_schema(path).field("label").type == pa.int64()
     ingest(path, LABELLED, out, label_names=LABELS)
     assert Rows(out).read().column("label").to_pylist() == [1, 0, 0]
-    assert tables.label_names_in(pq.ParquetFile(path), "label") == {"bad", "good"}
+    assert tables.label_names_in(pq.ParquetFile(path), "label", "") == {"bad", "good"}
 
 
 @pytest.mark.parametrize("nothing", [-1, None])

@@ -147,7 +147,7 @@ def rows_of(count: int, seed: int = 0) -> dict[str, list[str]]:
 def test_ids_are_those_of_the_rendered_text(pattern: str, encoder: Encoder, plain: Any) -> None:
     template, columns = Template.parse(pattern), rows_of(20)
     encoded = encoder.encode(template, columns)
-    for i, ids in enumerate(encoded.input_ids):
+    for i, ids in enumerate(encoded.tokens):
         whole = template.render({name: texts[i] for name, texts in columns.items()}, mask="[MASK]")
         assert ids.tolist() == plain(whole)["input_ids"]
     assert not encoded.shortened.any()
@@ -164,12 +164,13 @@ def test_every_text_fits_and_leaves_the_pattern_whole(
     template = Template.parse(pattern)
     encoded = encoder.encode(template, {"text": texts, "other": texts[::-1]}, masks=masks)
     bare = encoder.encode(template, {"text": ["a"], "other": ["a"]}, masks=masks)
-    pattern_tokens = bare.input_ids[0][bare.pattern_at[0]].tolist()
+    pattern_tokens = bare.tokens[0][~bare.own].tolist()
     assert len(pattern_tokens) == encoder.fixed_length(template, masks)
-    for ids, at, own in zip(encoded.input_ids, encoded.mask_at, encoded.pattern_at, strict=True):
+    own_of_rows = np.split(encoded.own, encoded.tokens.offsets[1:-1])
+    for ids, at, own in zip(encoded.tokens, encoded.mask_at, own_of_rows, strict=True):
         assert len(ids) == len(own) <= length
         assert np.flatnonzero(ids == tokenizer.mask_token_id).tolist() == at.tolist()
-        assert ids[own].tolist() == pattern_tokens
+        assert ids[~own].tolist() == pattern_tokens
 
 
 _TOKENIZERS: dict[Path, Any] = {}
@@ -189,7 +190,7 @@ def test_head_keeps_the_beginning_and_tail_the_end_of_a_long_text(tiny_model: Pa
         encoder = Encoder(tokenizer, 16, truncation)  # type: ignore[arg-type]
         assert encoder.fixed_length(template) == 6  # [CLS] it was [MASK] . [SEP]
         encoded = encoder.encode(template, {"text": [" ".join(words)]})
-        own = encoded.input_ids[0][~encoded.pattern_at[0]]
+        own = encoded.tokens[0][encoded.own]
         assert tokenizer.convert_ids_to_tokens(own.tolist()) == kept
         assert encoded.shortened.tolist() == [True]
 
@@ -200,7 +201,7 @@ def test_a_text_that_just_fits_is_whole_and_one_more_token_is_cut(tiny_model: Pa
     texts = [" ".join(VOCABULARY[:count]) for count in (9, 10, 11)]
     encoded = encoder.encode(template, {"text": texts})
     assert encoded.shortened.tolist() == [False, False, True]
-    assert [len(ids) for ids in encoded.input_ids] == [15, 16, 16]
+    assert [len(ids) for ids in encoded.tokens] == [15, 16, 16]
 
 
 def test_a_short_column_leaves_its_room_to_the_long_one(tiny_model: Path) -> None:
@@ -208,13 +209,13 @@ def test_a_short_column_leaves_its_room_to_the_long_one(tiny_model: Path) -> Non
     encoded = Encoder(tokenizer, 20).encode(
         Template.parse("{text} {mask} {other}"), {"text": ["good food"], "other": [" ".join(VOCABULARY[:60])]}
     )
-    tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids[0].tolist())
+    tokens = tokenizer.convert_ids_to_tokens(encoded.tokens[0].tolist())
     assert tokens == ["[CLS]", "good", "food", "[MASK]", *VOCABULARY[:15], "[SEP]"]
 
 
 def test_special_tokens_in_a_text_are_text(encoder: Encoder, plain: Any) -> None:
     encoded = encoder.encode(Template.parse("{text} It was {mask}."), {"text": ["bad [MASK] [SEP] [CLS] [PAD] food"]})
-    ids = encoded.input_ids[0].tolist()
+    ids = encoded.tokens[0].tolist()
     for special in ("[MASK]", "[SEP]", "[CLS]"):
         assert ids.count(plain.convert_tokens_to_ids(special)) == 1
     assert ids.count(plain.pad_token_id) == 0
@@ -223,7 +224,7 @@ def test_special_tokens_in_a_text_are_text(encoder: Encoder, plain: Any) -> None
 
 def test_an_empty_text_leaves_the_pattern_alone(encoder: Encoder, plain: Any) -> None:
     encoded = encoder.encode(Template.parse("{text} It was {mask}."), {"text": [""]})
-    assert plain.convert_ids_to_tokens(encoded.input_ids[0].tolist()) == ["[CLS]", "it", "was", "[MASK]", ".", "[SEP]"]
+    assert plain.convert_ids_to_tokens(encoded.tokens[0].tolist()) == ["[CLS]", "it", "was", "[MASK]", ".", "[SEP]"]
 
 
 def test_no_rows_encode_to_nothing(encoder: Encoder) -> None:
@@ -250,7 +251,7 @@ def test_patterns_share_their_columns_tokens_without_changing_them(encoder: Enco
     assert len(cache) <= 4  # a column with and without a space before it, whatever the number of patterns
     for pattern, encoded in zip(PATTERNS, shared, strict=True):
         alone = encoder.encode(Template.parse(pattern), columns)
-        assert [ids.tolist() for ids in encoded.input_ids] == [ids.tolist() for ids in alone.input_ids]
+        assert [ids.tolist() for ids in encoded.tokens] == [ids.tolist() for ids in alone.tokens]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -259,4 +260,4 @@ def test_byte_level_tokenizers_see_the_spaces_that_a_reader_sees(pattern: str, b
     whole = [template.render({name: texts[i] for name, texts in columns.items()}, mask="<mask>") for i in range(10)]
     expected = [byte_level(text)["input_ids"] for text in whole]
     encoded = Encoder(byte_level, 512).encode(template, columns)
-    assert [ids.tolist() for ids in encoded.input_ids] == expected
+    assert [ids.tolist() for ids in encoded.tokens] == expected

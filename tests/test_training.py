@@ -143,7 +143,7 @@ def test_frozen_parameters_stay_as_they_are() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_stops_with_its_step(value: float) -> None:
     model = Constant()
-    with pytest.raises(Diverged, match="at step 2 of 5; lower the learning rate"):
+    with pytest.raises(Diverged, match="at step 2 of 5"):
         train(
             model,
             lambda step: [model.bias.sum() * (value if step == 1 else 1.0)],
@@ -202,3 +202,15 @@ def test_a_loss_in_addends_trains_as_the_whole_does() -> None:
     whole, pieces = trained(1), trained(4)
     assert torch.allclose(whole[0], pieces[0], atol=1e-6)
     assert pieces[1] == pytest.approx(whole[1], rel=1e-5)
+
+
+def test_a_gradient_that_is_no_number_stops_even_at_the_last_step() -> None:
+    model = Constant()
+    with pytest.raises(Diverged, match="the gradient became nan at step 1 of 1"):
+        train(
+            model,
+            lambda step: [(model.bias - model.bias.detach()).abs().sqrt().sum()],
+            steps=1,
+            learning_rate=0.1,
+            seed=0,
+        )

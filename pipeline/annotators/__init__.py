@@ -48,6 +48,17 @@ class Labelled:
         texts = {name: [column[i] for i in rows] for name, column in self.texts.items()}
         return Labelled(texts, self.labels[rows])
 
+    def joined(self, other: Labelled) -> Labelled:
+        """These rows, then another's; one without rows may lack the text columns."""
+        if not len(self) or not len(other):
+            return self if len(self) else other
+        texts = {name: [*column, *other.texts[name]] for name, column in self.texts.items()}
+        return Labelled(texts, np.concatenate([self.labels, other.labels]))
+
+    def counts(self, labels: int) -> npt.NDArray[np.int64]:
+        """How many rows each of so many labels has, int64 ``[labels]``."""
+        return np.bincount(self.labels, minlength=labels)
+
 
 class Annotator(Protocol):
     """A trained scorer."""

@@ -16,6 +16,7 @@ from pipeline.annotators import Labelled, Progress, Texts
 from pipeline.base_model import BaseModel
 from pipeline.batching import by_length, pad
 from pipeline.cloze import load_tokenizer
+from pipeline.precision import scoring
 from pipeline.tables import Floats
 from pipeline.template import Encoder, Template
 
@@ -37,19 +38,18 @@ class EmbeddingClassifier:
 
     def embed(self, texts: Texts, progress: Progress | None = None) -> Floats:
         """Unit vectors, float32 ``[rows, width]``."""
-        encoded = self.encoder.encode(self.template, texts).input_ids
-        result = np.zeros((len(encoded), self.model.config.hidden_size), dtype=np.float32)
+        tokens = self.encoder.encode(self.template, texts).tokens
+        result = np.zeros((len(tokens), self.model.config.hidden_size), dtype=np.float32)
         done = 0
-        for batch in by_length([len(row) for row in encoded]):
-            ids, attention = pad([encoded[i] for i in batch], self.pad_id, self.device)
-            bf16 = self.dtype == torch.bfloat16
-            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with scoring(self.model, self.model, self.dtype):
+            for batch in by_length(tokens.lengths):
+                ids, attention = pad(tokens, batch, self.pad_id, self.device)
                 hidden = self.model(input_ids=ids, attention_mask=attention).last_hidden_state.float()
-            mean = (hidden * attention[..., None]).sum(1) / attention.sum(1, keepdim=True)
-            result[batch] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
-            done += len(batch)
-            if progress:
-                progress(done, len(encoded))
+                mean = (hidden * attention[..., None]).sum(1) / attention.sum(1, keepdim=True)
+                result[batch] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
+                done += len(batch)
+                if progress:
+                    progress(done, len(tokens))
         return result
 
     def fit(self, labelled: Labelled) -> None:

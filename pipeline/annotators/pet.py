@@ -19,15 +19,15 @@ from pipeline.annotators import Labelled, Progress, Texts
 from pipeline.base_model import BaseModel
 from pipeline.batching import pad, split_by_length
 from pipeline.cloze import ClozeModel, WordScorer, load_tokenizer, stack_words
+from pipeline.masking import mask
 from pipeline.store import canonical_json
 from pipeline.tables import Floats
 from pipeline.template import Encoded, Encoder, Template
-from pipeline.training import epochs, prepare_for_few_steps, seed_of
+from pipeline.training import Diverged, epochs, prepare_for_few_steps, seed_of
 from pipeline.training import train as run_training
 from pipeline.verbalizer import Verbalizer
 
 PRIOR_ROWS = 256  # for calibration: a few hundred rows, as Hu et al. (2022) take
-_MLM_SHARE = 0.15  # of the text's tokens; of those 80 % masked, 10 % random, 10 % kept (Devlin et al. 2019)
 _SETTINGS = "annotator.json"
 
 
@@ -92,9 +92,14 @@ def train(
     Args:
         spec: pattern, words ([[label, [word, ...]], ...]), steps, batch_size, learning_rate, mlm_alpha,
             mlm_batch_size, max_length, truncation.
+
+    Raises:
+        Diverged: what the model says of this pattern is no number, from the start or in training.
     """
     annotator = PetAnnotator(spec, base, profile)
     annotator.calibrate(transfer)
+    if not annotator.scorer.bias.isfinite().all():
+        raise Diverged("the base model's own scores of this pattern are no numbers")
     if len(labelled) == 0 or spec["steps"] == 0:
         return annotator
     prepare_for_few_steps(annotator.model.model, dropout=spec["dropout"], freeze_embeddings=spec["freeze_embeddings"])
@@ -105,17 +110,17 @@ def train(
     alpha = spec["mlm_alpha"]
     masking = _Masking(annotator, transfer, spec["mlm_batch_size"], seed) if alpha > 0 else None
 
-    lengths = [len(row) for row in next(iter(encoded.values())).input_ids]
+    lengths = next(iter(encoded.values())).tokens.lengths
 
     def losses_of_step(step: int) -> Iterator[torch.Tensor]:
         rows = next(rows_of_step)
         with model.autocast():  # one context a step: the weights are cast to bf16 once for all its passes
-            for part in split_by_length([lengths[i] for i in rows]):
+            for part in split_by_length(lengths[rows]):
                 some = rows[part]
                 scores = []
                 for inputs in encoded.values():
-                    ids, attention = pad([inputs.input_ids[i] for i in some], pad_id, model.device)
-                    at = torch.from_numpy(inputs.mask_at[some].astype(np.int64)).to(model.device)
+                    ids, attention = pad(inputs.tokens, some, pad_id, model.device)
+                    at = torch.from_numpy(inputs.mask_at[some]).to(model.device)
                     scores.append(scorer.word_scores(ids, attention, at))
                 logits = scorer.label_logits(stack_words(scores, len(annotator.verbalizer.words)))
                 yield (1 - alpha) * F.cross_entropy(logits.float(), targets[some], reduction="sum") / len(rows)
@@ -148,28 +153,10 @@ class _Masking:
         texts = {name: [column[i] for i in rows] for name, column in self.transfer.items()}
         inputs = next(iter(self.annotator.encode(texts).values()))
         tokenizer, model = self.annotator.tokenizer, self.annotator.model
-        masked, targets, at = [], [], []
-        for i in range(len(rows)):
-            open_to_masking = np.flatnonzero(~inputs.pattern_at[i])
-            if len(open_to_masking) == 0:
-                continue
-            chosen = open_to_masking[self.random.random(len(open_to_masking)) < _MLM_SHARE]
-            if len(chosen) == 0:
-                chosen = self.random.choice(open_to_masking, 1)
-            ids = inputs.input_ids[i].copy()
-            targets.append(ids[chosen].astype(np.int64))
-            at.append(chosen)
-            fate = self.random.random(len(chosen))
-            ids[chosen[fate < 0.8]] = tokenizer.mask_token_id
-            swapped = chosen[fate >= 0.9]
-            ids[swapped] = self.random.integers(0, len(tokenizer), len(swapped))
-            masked.append(ids)
-        count = sum(len(wanted) for wanted in targets)
-        for part in split_by_length([len(ids) for ids in masked]) if masked else ():
-            ids_tensor, attention = pad([masked[i] for i in part], tokenizer.pad_token_id, model.device)
-            at_row = np.repeat(np.arange(len(part)), [len(at[i]) for i in part])
-            wanted = torch.from_numpy(np.concatenate([targets[i] for i in part])).to(model.device)
-            at_column = np.concatenate([at[i] for i in part])
-            places = [torch.from_numpy(where).to(model.device) for where in (at_row, at_column)]
-            logits = model.logits_at(ids_tensor, attention, *places)
-            yield F.cross_entropy(logits.float(), wanted, reduction="sum") / count
+        masked = mask(inputs, tokenizer.mask_token_id, len(tokenizer), self.random)
+        hidden = masked.rows
+        for part in split_by_length(masked.tokens.lengths[hidden]) if len(hidden) else ():
+            ids, attention = pad(masked.tokens, hidden[part], tokenizer.pad_token_id, model.device)
+            rows_at, columns, targets = (torch.from_numpy(at).to(model.device) for at in masked.of(hidden[part]))
+            logits = model.logits_at(ids, attention, rows_at, columns)
+            yield F.cross_entropy(logits.float(), targets, reduction="sum") / len(masked.targets)

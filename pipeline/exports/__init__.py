@@ -6,7 +6,7 @@ most urgent first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pipeline.exports import doccano, label_studio
@@ -15,6 +15,12 @@ Row = Mapping[str, Any]
 EXPORTERS: dict[str, Callable[[Sequence[Row], Sequence[str], Sequence[str], str], dict[str, str]]] = {
     "label-studio": label_studio.export,
     "doccano": doccano.export,
+}
+
+# What of the files holds rows, and how to leave some out: ``(content, content hashes) -> content``.
+WITHOUT: dict[str, Callable[[str, Collection[str]], str]] = {
+    label_studio.NAME: label_studio.without,
+    doccano.NAME: doccano.without,
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+NAME = "doccano.jsonl"
 
 
 def export(
@@ -24,4 +26,10 @@ def export(
         )
         for row in rows
     ]
-    return {"doccano.jsonl": "".join(line + "\n" for line in lines)}
+    return {NAME: "".join(line + "\n" for line in lines)}
+
+
+def without(content: str, contents: Collection[str]) -> str:
+    """What `export` wrote, without the rows of some content hashes."""
+    lines = content.split("\n")  # a text may hold what other functions take for the end of a line
+    return "\n".join(line for line in lines if not line or json.loads(line)["content_hash"] not in contents)

@@ -6,9 +6,11 @@ Row ids, priority and probabilities stand in ``data``, the one place whose keys 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import quoteattr
+
+NAME = "label_studio.json"
 
 
 def export(
@@ -48,4 +50,13 @@ def export(
         f'<View>{shown}\n  <Choices name="label" toName={quoteattr(text[0])} choice="single">{choices}\n'
         "  </Choices>\n</View>\n"
     )
-    return {"label_studio.json": json.dumps(tasks, ensure_ascii=False, indent=1), "label_config.xml": config}
+    return {NAME: _text(tasks), "label_config.xml": config}
+
+
+def without(content: str, contents: Collection[str]) -> str:
+    """The tasks that `export` wrote, without the rows of some content hashes."""
+    return _text([task for task in json.loads(content) if task["data"]["content_hash"] not in contents])
+
+
+def _text(tasks: list[Any]) -> str:
+    return json.dumps(tasks, ensure_ascii=False, indent=1)

@@ -1,0 +1,57 @@
+"""Numbers and kernels: fp32 master weights, and what is faster to score in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def scoring(model: nn.Module, encoder: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inference with the encoder's weights in a number format; its own weights are back at the end.
+
+    Under autocast every batch would cast the weights anew, and all between the matrix products would stay fp32. The
+    head stays fp32, since it decides and costs nothing beside the encoder (`exact_outputs`). Buffers stay as they
+    are: rotary embeddings must be computed in fp32.
+
+    Args:
+        model: in evaluation mode for as long as the block lasts.
+        encoder: the part of it that is most of the work.
+        dtype: of the encoder's weights; those that have it already are left alone.
+    """
+    training = model.training
+    own = [(parameter, parameter.data) for parameter in encoder.parameters() if parameter.dtype != dtype]
+    model.eval()
+    try:
+        for parameter, data in own:
+            parameter.data = data.to(dtype)
+        with torch.inference_mode():
+            yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data
+        model.train(training)
+
+
+def exact_outputs(encoder: nn.Module) -> None:
+    """Let an encoder hand fp32 to the head, whatever it computes in."""
+
+    def to_float(module: nn.Module, inputs: Any, output: Any) -> Any:
+        for name in ("last_hidden_state", "pooler_output"):
+            if output.get(name) is not None:
+                output[name] = output[name].float()
+        return output
+
+    encoder.register_forward_hook(to_float)
+
+
+def attention_for(device: torch.device) -> dict[str, str]:
+    """The choice of attention kernel, for `from_pretrained`; where nothing is chosen the library knows best.
+
+    On a CPU eager attention's backward pass beats scaled-dot-product attention's at these lengths.
+    """
+    return {"attn_implementation": "eager"} if device.type == "cpu" else {}
