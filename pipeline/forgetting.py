@@ -143,6 +143,8 @@ def _manifest(release: str, name: str) -> dict[str, Any]:
         raise InputError(
             "the version's manifest can't be read; nothing was changed", where=version, fix="remove the version"
         )
+    for file in manifest["files"]:
+        locations.inside(Path(version), file)
     return manifest
 
 
@@ -254,5 +256,13 @@ def _discard_copies(cache: Path, contents: Collection[str]) -> None:
     shutil.rmtree(cache / "files", ignore_errors=True)
     for file in sorted((cache / "stores").glob("*/*/*/*/**/*.parquet")):
         store, stage, key, prefix = file.relative_to(cache / "stores").parts[:4]
-        if stage != TEMPORARY and file.exists() and holds_content(str(file), contents):
+        if stage != TEMPORARY and file.exists() and _may_hold(file, contents):
             shutil.rmtree(cache / "stores" / store / stage / key / prefix)
+
+
+def _may_hold(file: Path, contents: Collection[str]) -> bool:
+    """Whether a copy holds a text, as one that can't be read may: it is fetched again when it is wanted."""
+    try:
+        return holds_content(str(file), contents)
+    except (OSError, pa.ArrowException):
+        return True

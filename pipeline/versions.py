@@ -169,14 +169,21 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def held_records(release: str | Path) -> dict[str, Held]:
-    """The records of held versions by name; see the module about one of the version in force."""
+    """The records of held versions by name; see the module about one of the version in force.
+
+    A record that lacks something, which no command of ours writes, still holds its version.
+    """
     here = locations.local_path(release)
     directory = below(release, _HELD)
     files = list(locations.entries(directory)) if here is None else [path.name for path in Path(directory).glob("*")]
     names = sorted((file.removesuffix(".json") for file in files if file.endswith(".json")), key=_order)
     records = {name: read_json(_record(release, name)) for name in names if NAME.fullmatch(name)}
     return {
-        name: Held(tuple(record["reasons"]), record["time"], record["rolled_back"])
+        name: Held(
+            tuple(record.get("reasons", ["its record does not say why"])),
+            record.get("time", 0.0),
+            record.get("rolled_back", True),
+        )
         for name, record in records.items()
         if record is not None
     }

@@ -21,9 +21,11 @@ from pipeline.versions import (
     latest_manifest,
     latest_name,
     list_versions,
+    newest_manifest,
     promote,
     put_in_force,
     rollback,
+    write_file,
 )
 
 Make = Callable[[str, int], Artifact]
@@ -97,6 +99,24 @@ def test_a_held_version_stays_held_under_its_number_and_later_ones_go_their_way(
     third = put("three", 90)
     assert (third.name[:4], third.held) == ("0003", ())
     assert states(release) == ["earlier", "held", "in force"]
+
+
+def test_a_record_that_lacks_everything_still_holds_its_version(release: str, put: Callable[..., Published]) -> None:
+    put("one")
+    second = put("two", 10)
+    write_file(f"{release}/held/{second.name}.json", "{}")
+    assert [version.reasons for version in list_versions(release)][1] == ("its record does not say why",)
+    assert put("two", 10).held == ("its record does not say why",)
+    assert promote(release) == second.name
+
+
+def test_a_plan_goes_on_from_the_newest_version_in_force_or_not(release: str, put: Callable[..., Published]) -> None:
+    assert newest_manifest(release) is None
+    put("one")
+    put("two", 10)
+    newest = newest_manifest(release)
+    assert newest is not None
+    assert newest["name"] == "two"
 
 
 def test_other_limits_let_the_same_version_pass(release: str, put: Callable[..., Published]) -> None:
