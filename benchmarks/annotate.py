@@ -53,6 +53,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from size import peak_mb
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, pipeline
 
@@ -88,12 +89,6 @@ def evenly(texts: Sequence[str], count: int) -> list[str]:
     """Texts of all lengths, the longest and the shortest among them."""
     ordered = sorted(texts, key=len)
     return [ordered[i] for i in np.linspace(0, len(ordered) - 1, count).round().astype(int)]
-
-
-def peak_mb() -> float:
-    """This process's peak resident memory; `getrusage` would count what its parent had when it was started."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def seconds_of(work: Callable[[], Any]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.cli_console import AsJson, out, print_json, say
-from pipeline import locations
 from pipeline.forgetting import Forgetting, plan_forgetting
 from pipeline.forgetting import forget as forget_rows
+from pipeline.locations import given
 from pipeline.settings import Settings
 from pipeline.store import open_store
 from pipeline.versions import list_versions
@@ -25,19 +24,9 @@ ReleasePath = Annotated[
 ]
 
 
-def _given(release: str) -> str:
-    """A release path as the library takes it.
-
-    Raises:
-        InputError: it is a URL with credentials.
-    """
-    locations.refuse_credentials(release)
-    return release.rstrip("/") if locations.is_url(release) else str(Path(release).absolute())
-
-
 def versions(release: ReleasePath, as_json: AsJson = False) -> None:
     """List the versions of a release: which one is in force, which are held, and why."""
-    found = list_versions(_given(release))
+    found = list_versions(given(release))
     if as_json:
         print_json([vars(version) for version in found])
         return
@@ -61,7 +50,7 @@ def promote(
     A version is held where it looks worse than the one in force (release.gate in the task file), and after a
     rollback.
     """
-    name = promote_version(_given(release), version)
+    name = promote_version(given(release), version)
     if as_json:
         print_json({"in_force": name})
     else:
@@ -80,7 +69,7 @@ def rollback(
     The version that was in force is held from then on, so that an unchanged run does not bring it back;
     `clozeline promote` does.
     """
-    left, name = roll_back(_given(release), version)
+    left, name = roll_back(given(release), version)
     if as_json:
         print_json({"in_force": name, "held": left})
     else:
@@ -102,9 +91,9 @@ def forget(
     them. Your own files are yours to correct (the command names them), and models that were fitted before may have
     seen the text.
     """
-    location = Settings().store_location if store is None else _given(store)
+    location = Settings().store_location if store is None else given(store)
     work = forget_rows if yes else plan_forgetting
-    found = work(_given(release), list(dict.fromkeys(row_ids)), open_store(location))
+    found = work(given(release), list(dict.fromkeys(row_ids)), open_store(location))
     if as_json:
         print_json(_as_json(found, yes))
     else:

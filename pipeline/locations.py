@@ -278,6 +278,16 @@ def remove(urls: Iterable[str]) -> None:
         list(pool.map(remove_one, urls))
 
 
+def given(location: str) -> str:
+    """A directory or URL as a user gives it, in the one form used from then on.
+
+    Raises:
+        InputError: it is a URL with credentials.
+    """
+    refuse_credentials(location)
+    return location.rstrip("/") if is_url(location) else str(Path(location).absolute())
+
+
 def inside(root: Path, name: str) -> Path:
     """The path of a name that came from a listing or a manifest, which must not lead out of its root.
 

@@ -6,7 +6,7 @@ artifacts stay as they are when another file joins them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import tables
 from pipeline.errors import InputError
 from pipeline.ragged import Numbers, offsets_of
-from pipeline.repeats import Hashes, find_repeats, gather, hashes_of_hex, hashes_of_texts, hex_of
+from pipeline.repeats import find_repeats, gather, hashes_of_hex, hashes_of_texts, hex_of
 from pipeline.tables import Rows
 
 _RENAMES = pa.schema([("shard", pa.int64()), ("row", pa.int64()), ("row_id", pa.string())])
@@ -67,7 +67,7 @@ def prepare_rows(
     with tables.parquet_writer(out / "excluded.parquet", _EXCLUDED) as writer:
         for number, rows in enumerate(shards):
             start = 0
-            for hashes in _content_hashes(rows):
+            for hashes in rows.content_hashes():
                 left_out = np.zeros(len(hashes), dtype=np.bool_)
                 for name, contents in known.items():
                     mine = np.isin(hashes, contents)
@@ -84,14 +84,9 @@ def prepare_rows(
     return {"rows": int(offsets[-1]), "renamed": renamed, "labelled_in_test": overlap, **counts}
 
 
-def _content_hashes(rows: Rows) -> Iterator[Hashes]:
-    for batch in rows.batches(["content_hash"]):
-        yield hashes_of_hex(batch.column(0))
-
-
 def _write_renames(shards: Sequence[Rows], offsets: Numbers, out: Path) -> int:
     """New ids for rows whose text an earlier file holds too: the occurrence counter goes on across files."""
-    contents = gather((hashes for rows in shards for hashes in _content_hashes(rows)), out)
+    contents = gather((hashes for rows in shards for hashes in rows.content_hashes()), out)
     overall = find_repeats(contents, out)
     renamed = 0
     with tables.parquet_writer(out / "renames.parquet", _RENAMES) as writer:

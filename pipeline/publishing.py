@@ -74,8 +74,7 @@ def release_path(task: Task, out: str | None) -> str:
     """
     if out is None:
         out = task.locate(task.release.path) if task.release.path else str(Settings().release_path(task.name))
-    locations.refuse_credentials(out)
-    return out.rstrip("/") if locations.is_url(out) else str(Path(out).absolute())
+    return locations.given(out)
 
 
 @contextmanager

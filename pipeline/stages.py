@@ -32,7 +32,7 @@ from pipeline.cross_validation import stratified_folds
 from pipeline.device import device_name, numeric_profile
 from pipeline.ensemble import blend, disagreement, majority, margin, soft_labels
 from pipeline.errors import InputError, StoreDamaged
-from pipeline.ipet import select_rows
+from pipeline.ipet import Selection, select_rows
 from pipeline.locations import is_url
 from pipeline.metrics import classification_metrics
 from pipeline.prepare import excluded_rows, prepare_rows
@@ -194,8 +194,8 @@ def sample(job: Job) -> dict[str, Any]:
     # A content hash is uniform already, so its lowest values are a random draw that depends on nothing else.
     chosen = np.zeros(0, dtype=np.uint64)
     for rows in shards:
-        for batch in rows.batches(["content_hash"]):
-            hashes = np.unique(hashes_of_hex(batch.column(0)))
+        for batch_hashes in rows.content_hashes():
+            hashes = np.unique(batch_hashes)
             if len(chosen) == job.spec["rows"]:
                 hashes = hashes[hashes < chosen[-1]]
             fresh = hashes[~np.isin(hashes, np.concatenate([chosen, *taken]))]
@@ -323,16 +323,16 @@ def select(job: Job) -> dict[str, Any]:
     """
     names, spec = job.spec["labels"], job.spec
     counts, sound = job.labelled().counts(len(names)), _sound(job.all("fit"), job.all("annotate"))
-    if not sound:  # all its teachers diverged: it learns from the labelled rows alone, again
-        nothing = Rows(job.inputs["sample"].path).read().slice(0, 0)
-        tables.write_table(job.out / "rows.parquet", nothing.append_column("label", pa.array([], pa.int64())))
-        return {"rows": 0, "label_counts": dict.fromkeys(names, 0), "filled": dict.fromkeys(names, 0)}
-    accuracies = [artifact.meta["cv_accuracy"] for artifact in _of(job.all("fit"), sound)]
-    scores = [_scores(artifact) for artifact in _of(job.all("annotate"), sound)]
-    soft, _ = soft_labels(scores, accuracies, counts, spec["ensemble"])
-    found = select_rows(soft, counts, spec["generation"], spec["growth"], spec["seed"])
+    rows = Rows(job.inputs["sample"].path).read()
+    if sound:
+        accuracies = [artifact.meta["cv_accuracy"] for artifact in _of(job.all("fit"), sound)]
+        scores = [_scores(artifact) for artifact in _of(job.all("annotate"), sound)]
+        soft, _ = soft_labels(scores, accuracies, counts, spec["ensemble"])
+        found = select_rows(soft, counts, spec["generation"], spec["growth"], spec["seed"])
+    else:  # all its teachers diverged: it learns from the labelled rows alone, again
+        found = Selection(np.full(rows.num_rows, -1), np.zeros(len(names), dtype=np.int64))
     drawn = np.flatnonzero(found.labels >= 0)
-    rows = Rows(job.inputs["sample"].path).read().take(pa.array(drawn))
+    rows = rows.take(pa.array(drawn))
     tables.write_table(job.out / "rows.parquet", rows.append_column("label", pa.array(found.labels[drawn])))
     per_label = np.bincount(found.labels[drawn], minlength=len(names)).tolist()
     return {
@@ -438,8 +438,7 @@ def label(job: Job) -> dict[str, Any]:
     names = [name for name in rows.schema.names if name.startswith(tables.TEXT)]
     labels = len(student.labels)
     schema = pa.schema([("log_probabilities", tables.probability_type(labels))])
-    contents = (hashes_of_hex(batch.column(0)) for batch in rows.batches(["content_hash"]))
-    repeats = find_repeats(gather(contents, job.out), job.out)
+    repeats = find_repeats(gather(rows.content_hashes(), job.out), job.out)
     known = on_disk((repeats.groups, labels), np.float32, job.out)  # of the texts that come again
     done, total = 0, rows.count
     with tables.parquet_writer(job.out / "scores.parquet", schema) as writer:
@@ -463,7 +462,7 @@ def route(job: Job) -> dict[str, Any]:
     Leaves ``rows.parquet``: content_hash, the text columns, shard, row and margin.
     """
     shards = [Rows(artifact.path) for artifact in job.all("shard")]
-    contents = (hashes_of_hex(batch.column(0)) for rows in shards for batch in rows.batches(["content_hash"]))
+    contents = itertools.chain.from_iterable(rows.content_hashes() for rows in shards)
     repeats = find_repeats(gather(contents, job.out), job.out)
     offsets = offsets_of([rows.count for rows in shards])
     parts = [

@@ -449,6 +449,11 @@ class Rows:
         with pq.ParquetFile(self.file) as file:
             yield from file.iter_batches(BATCH_ROWS, columns=columns)
 
+    def content_hashes(self) -> Iterator[Hashes]:
+        """The rows' content hashes, batch by batch."""
+        for batch in self.batches(["content_hash"]):
+            yield hashes_of_hex(batch.column(0))
+
     def take(self, at: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
         """Some columns of the rows with the given ascending numbers, read batch by batch."""
         parts, start = [], 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -285,18 +285,9 @@ def promote(release: str | Path, version: str | None = None) -> str:
     """
     with _moving(release) as (whole, check):
         records = held_records(release)
-        if version is not None:
-            name = _named(release, version, whole)
-        else:
-            # The record of the version in force is that of a promotion that was killed before its end.
-            held = [name for name in whole if name in records]
-            if not held:
-                raise InputError(
-                    f"no version is held; {_in_force(release)}",
-                    where=str(release),
-                    fix=f"name one of {', '.join(whole)}",
-                )
-            name = held[-1]
+        # The record of the version in force is that of a promotion that was killed before its end.
+        held = [name for name in whole if name in records]
+        name = _chosen(release, version, whole, held, f"no version is held; {_in_force(release)}")
         tidy(release)
         put_in_force(release, name, check)
         return name
@@ -325,23 +316,26 @@ def rollback(release: str | Path, version: str | None = None) -> tuple[str, str]
             )
         tidy(release)
         records = held_records(release)
-        if version is not None:
-            name = _named(release, version, whole)
-        else:
-            before = [name for name in whole if _order(name) < _order(left) and name not in records]
-            if not before:
-                raise InputError(
-                    f"no version that is not held comes before {left}, which is in force",
-                    where=str(release),
-                    fix=f"name one of {', '.join(whole)}",
-                )
-            name = before[-1]
+        before = [name for name in whole if _order(name) < _order(left) and name not in records]
+        none = f"no version that is not held comes before {left}, which is in force"
+        name = _chosen(release, version, whole, before, none)
         if name == left:
             raise InputError(f"{left} is in force already", where=str(release), fix=f"name one of {', '.join(whole)}")
         # The record first: killed between the two, the same command starts from the same version again.
         hold(release, left, [f"rolled back to {name}"], rolled_back=True)
         put_in_force(release, name, check)
         return left, name
+
+
+def _chosen(
+    release: str | Path, version: str | None, whole: Mapping[str, float], by_default: Sequence[str], none: str
+) -> str:
+    """The version that a command names, or the last of those that it means by default; ``none`` tells of none."""
+    if version is not None:
+        return _named(release, version, whole)
+    if not by_default:
+        raise InputError(none, where=str(release), fix=f"name one of {', '.join(whole)}")
+    return by_default[-1]
 
 
 @contextmanager
