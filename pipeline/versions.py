@@ -130,15 +130,6 @@ def version_in_force(release: str | Path) -> str | None:
     return None if name is None else below(release, VERSIONS, name)
 
 
-def latest_manifest(release: str | Path) -> dict[str, Any] | None:
-    """The manifest of the version that LATEST names, or None where there is none."""
-    try:
-        version = version_in_force(release)
-    except OSError:
-        return None
-    return None if version is None else read_json(below(version, MANIFEST))
-
-
 def newest_manifest(release: str | Path) -> dict[str, Any] | None:
     """The manifest of the whole version with the highest number, in force or not; None where there is none.
 

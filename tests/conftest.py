@@ -276,3 +276,19 @@ def machine(tmp_path: Path, prefect_home: Path) -> Any:
     from tests.machine import Machine
 
     return Machine(tmp_path / "home", prefect_home)
+
+
+@pytest.fixture(params=["disk", "s3"])
+def release(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A release path with nothing below it: a directory, and a URL."""
+    if request.param == "disk":
+        return str(tmp_path / "releases")
+    return str(request.getfixturevalue("s3_url")) + "/releases"
+
+
+def latest_manifest(release: str | Path) -> dict[str, Any] | None:
+    """The manifest of the version in force, or None where there is none."""
+    from pipeline.versions import MANIFEST, below, read_json, version_in_force
+
+    version = version_in_force(release)
+    return None if version is None else read_json(below(version, MANIFEST))

@@ -31,7 +31,8 @@ from pipeline.stages import run_stage
 from pipeline.starter import starter_task
 from pipeline.store import write_atomically
 from pipeline.task import Task
-from pipeline.versions import latest_manifest, version_in_force
+from pipeline.versions import version_in_force
+from tests.conftest import latest_manifest
 from tests.machine import Machine, bytes_of
 from tests.stage_run import Run
 

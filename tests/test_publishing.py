@@ -17,14 +17,7 @@ from pipeline.errors import InputError
 from pipeline.publishing import Published, publish, release_lease, release_path
 from pipeline.store import Artifact, Store, key_of
 from pipeline.task import Task
-from pipeline.versions import latest_manifest
-
-
-@pytest.fixture(params=["disk", "s3"])
-def release(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "disk":
-        return str(tmp_path / "releases")
-    return str(request.getfixturevalue("s3_url")) + "/releases"
+from tests.conftest import latest_manifest
 
 
 @pytest.fixture

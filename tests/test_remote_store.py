@@ -29,7 +29,8 @@ from pipeline.remote_store import RemoteStore
 from pipeline.stages import run_stage
 from pipeline.store import MANIFEST, RUN, Store, key_of, open_store
 from pipeline.task import Task
-from pipeline.versions import latest_manifest
+from pipeline.versions import newest_manifest
+from tests.conftest import latest_manifest
 
 KEY = key_of({"steps": 3})
 HEADER = {"version": 1, "spec": {"steps": 3}, "inputs": {}}
@@ -353,7 +354,7 @@ class Run:
     def plan(self) -> Plan:
         task = Task.load(self.task)
         check_task(task)
-        return build_plan(task, resolve_base_model(task.base_model, task.root), latest_manifest(self.out))
+        return build_plan(task, resolve_base_model(task.base_model, task.root), newest_manifest(self.out))
 
     def __call__(self) -> list[str]:
         """Run and publish; returns the titles of the stages that were executed."""

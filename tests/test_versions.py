@@ -18,7 +18,6 @@ from pipeline.versions import (
     below,
     held_records,
     hold,
-    latest_manifest,
     latest_name,
     list_versions,
     newest_manifest,
@@ -27,15 +26,9 @@ from pipeline.versions import (
     rollback,
     write_file,
 )
+from tests.conftest import latest_manifest
 
 Make = Callable[[str, int], Artifact]
-
-
-@pytest.fixture(params=["disk", "s3"])
-def release(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "disk":
-        return str(tmp_path / "releases")
-    return str(request.getfixturevalue("s3_url")) + "/releases"
 
 
 @pytest.fixture
