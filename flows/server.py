@@ -13,7 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+
+from pipeline.leases import locked
 
 _START_SECONDS = 90
 
@@ -21,7 +23,7 @@ _START_SECONDS = 90
 @contextmanager
 def temporary_server() -> Iterator[str]:
     """Run a server on the loopback interface; gives its API address."""
-    import httpx
+    from prefect.settings import get_current_settings
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -36,34 +38,44 @@ def temporary_server() -> Iterator[str]:
         "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
         "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.server", str(port)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        start_new_session=True,
-    )
     address = f"http://127.0.0.1:{port}/api"
-    try:
-        for _ in range(_START_SECONDS * 10):
-            if process.poll() is not None:
-                raise RuntimeError(f"the temporary Prefect server ended at its start (status {process.returncode})")
-            try:
-                if httpx.get(f"{address}/health", timeout=5).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.1)
-        else:
-            raise RuntimeError("the temporary Prefect server did not answer")
+    with ExitStack() as stack:
+        # One after the other: servers that make or migrate one database at the same time end at their start.
+        with locked(get_current_settings().home / "clozeline-server.lock"):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flows.server", str(port)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
+            stack.callback(_end, process)
+            _wait_for(process, address)
         yield address
-    finally:
-        process.terminate()
+
+
+def _wait_for(process: subprocess.Popen[bytes], address: str) -> None:
+    import httpx
+
+    for _ in range(_START_SECONDS * 10):
+        if process.poll() is not None:
+            raise RuntimeError(f"the temporary Prefect server ended at its start (status {process.returncode})")
         try:
-            process.wait(3)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            if httpx.get(f"{address}/health", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.1)
+    raise RuntimeError("the temporary Prefect server did not answer")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(3)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _serve(port: int) -> None:
