@@ -236,7 +236,6 @@ def one_row_files(scratch: Path) -> list[Call]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipeline.base_model import resolve_base_model
     from pipeline.task import Task
     from tests.conftest import write_tiny_model, write_tiny_task
 
@@ -246,7 +245,7 @@ def one_row_files(scratch: Path) -> list[Call]:
     for i in range(FANOUT):
         columns = {"key": [f"row-{i}"], "text": [f"the food was good and warm, {i} times."], "shop": ["north"]}
         pq.write_table(pa.table(columns), scratch / "task" / f"pool-{i:03d}.parquet")
-    plan = build_plan(task, resolve_base_model(task.base_model, task.root))
+    plan = build_plan(task, task.base())
     return [call for call in plan.find("ingest") if "label" not in call.spec]
 
 

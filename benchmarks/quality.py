@@ -17,18 +17,23 @@ embedding          logistic regression on the base model's mean-pooled vectors
 tfidf-nb           tf-idf with complement Naive Bayes
 ipet               the last of ``--ipet`` generations, blended as the ensemble, which is generation 0
 ipet-student       the classifier distilled from its soft labels
+original-*         fine-tune and embedding with another encoder, ``--original``
 =================  ====================================================================================
 
-The first four and the last two follow the stages of the flow (`pipeline.stages`: fit, select, blend, distill, evaluate)
-with the same functions, settings and seeds, without store and Prefect, so that a cell costs model time alone. All share
-one set of fits. Seeds of training never vary, as in the flow: seed s of the benchmark is draw s of the rows.
+The first four and those of iPET follow the stages of the flow (`pipeline.stages`: fit, select, blend, distill,
+evaluate) with the same functions, settings and seeds, without store and Prefect, so that a cell costs model time alone.
+All share one set of fits. Seeds of training never vary, as in the flow: seed s of the benchmark is draw s of the rows.
 
 Rows: equal texts are taken once, and training texts that are test texts are left out. The labelled rows are
 drawn from train, stratified, at least one a class. The transfer set is the rest of train, or
 ``unlabeled.parquet`` where there is one. Transfer set and test set hold at most ``--cap`` rows (2,000), drawn
 with one fixed seed. A method that cannot run has a null accuracy: best-annotator where a class has fewer than
 two rows (there is no honest cross-validation), all that need labels where there are none. With 0 labels
-nothing is drawn, so there is one cell, seed 0.
+nothing is drawn, so there is one cell, seed 0. With ``--dev`` the rows to score are cut from train, by a fixed seed,
+and the test rows stay untouched: that is how settings and models are chosen.
+
+``--set adapt.steps=N`` trains the base model on the dataset's unlabelled texts first, once for all its cells: labelled
+or not, but never on those that are scored. The seconds of that are in no method's.
 
 `seconds` is what the method needs from the rows to the test scores: for best-annotator, ensemble, student and iPET
 that includes all fits and their cross-validation.
@@ -40,8 +45,10 @@ kind of machine, is not run again.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -54,20 +61,21 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `pipeline.worker`; read when torch is imported
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from scipy import stats
 
 from pipeline import tables
 from pipeline.annotators import Labelled, Texts, method
 from pipeline.base_model import BaseModel, resolve_base_model
 from pipeline.cloze import load_tokenizer
-from pipeline.cross_validation import stratified_folds
 from pipeline.device import numeric_profile
 from pipeline.ensemble import blend, soft_labels
 from pipeline.errors import ClozelineError, InputError
+from pipeline.fitting import fit_annotator
 from pipeline.ipet import select_rows, selection_seed, teachers
 from pipeline.metrics import classification_metrics
 from pipeline.plan import STAGE_VERSIONS, human_seconds
@@ -81,6 +89,7 @@ TASKS = Path(__file__).resolve().parent / "tasks"
 CAP = 2000
 METHODS = ["zero-shot", "best-annotator", "ensemble", "student", "fine-tune", "embedding", "tfidf-nb"]
 IPET_METHODS = ["ipet", "ipet-student"]
+ORIGINAL_METHODS = ["original-fine-tune", "original-embedding"]
 FINE_TUNE = {"steps": 100, "batch_size": 16}
 Ints = npt.NDArray[np.int64]
 Record = dict[str, Any]
@@ -181,10 +190,19 @@ class Dataset:
     unlabelled: Pool | None
     test: Pool
     files: Mapping[str, str]
+    dev: bool = False
+    original: BaseModel | None = None
 
     @classmethod
-    def load(cls, folder: Path, task: Task, cap: int) -> Dataset:
+    def load(cls, folder: Path, task: Task, cap: int, *, dev: bool = False, original: Path | None = None) -> Dataset:
         """Read a dataset's folder.
+
+        Args:
+            folder: where its files lie.
+            task: labels, words, patterns, settings.
+            cap: the most rows of the transfer set, and of the test set.
+            dev: score rows cut from train in place of the test rows.
+            original: another encoder, to compare with.
 
         Raises:
             InputError: a file is missing or does not fit the task.
@@ -193,6 +211,9 @@ class Dataset:
         roles = ColumnRoles(tuple(inputs.text), label=inputs.label)
         paths = {name: folder / f"{name}.parquet" for name in ("train", "test", "unlabeled")}
         pools = {name: Pool.read(paths[name], roles, task.label_names) for name in ("train", "test")}
+        if dev:  # behind the test rows, which nobody may look at
+            cut = pools["train"].without(pools["test"]).shuffled("dev")
+            pools["test"] = cut.head(min(cap, len(cut) // 2))
         unlabelled = None
         if paths["unlabeled"].is_file():
             found = Pool.read(paths["unlabeled"], ColumnRoles(tuple(inputs.text)), None)
@@ -200,14 +221,38 @@ class Dataset:
         return cls(
             folder.name,
             task,
-            resolve_base_model(task.base_model, task.root),
+            task.base(),
             numeric_profile(task.resolved("training")["dtype"]),
             cap,
             pools["train"].without(pools["test"]),
             unlabelled,
             pools["test"].shuffled("test").head(cap),
             {name: sha256_of(path) for name, path in paths.items() if path.is_file()},
+            dev,
+            None if original is None else resolve_base_model(str(original), headless=True),
         )
+
+    @cached_property
+    def start(self) -> BaseModel:
+        """What every model starts from: the base model, or what adapting made of it."""
+        task = self.task
+        if not task.adapt.steps:
+            return self.base
+        from pipeline.adapt import Adapting
+
+        pool = self._train_shuffled if self.unlabelled is None else self.unlabelled
+        texts = pool.head(task.sample.rows_per_label * len(task.labels)).texts
+        template = Template.parse(task.student_template)
+        rows = [template.render(dict(zip(texts, row, strict=True))) for row in zip(*texts.values(), strict=True)]
+        spec = {**task.adapt.model_dump(), "max_length": task.resolved("training")["max_length"]}
+        # Under a name of its own, since what a model leaves is told apart by its path.
+        place = Path(tempfile.mkdtemp(prefix=f"quality-{self.name}-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        adapting = Adapting(spec, rows, self.base, self.profile, seed_of("adapt"))
+        adapting.run(place / "checkpoints")
+        _say(f"{self.name}, adapted: {adapting.curve.points[0]} to {adapting.curve.points[adapting.curve.best]}")
+        adapting.save(place / "model")
+        return resolve_base_model(str(place / "model"))
 
     def cut(self, labels: int, seed: int) -> tuple[Labelled, Texts]:
         """The labelled rows of a draw and the transfer set that goes with it."""
@@ -228,9 +273,13 @@ class Dataset:
         """The key of a cell: all that its numbers depend on."""
         task = self.task
         ipet = {"ipet": task.ipet.model_dump(), "select": STAGE_VERSIONS["select"]} if task.ipet.generations else {}
+        adapt = {"adapt": task.adapt.model_dump(), "adapted": STAGE_VERSIONS["adapt"]} if task.adapt.steps else {}
         return key_of(
             {
                 **ipet,
+                **adapt,
+                **({"dev": True} if self.dev else {}),
+                **({"original": self.original.weights} if self.original else {}),
                 "files": dict(self.files),
                 "task": task.model_dump(mode="json", include={"labels", "annotators", "ensemble", "sample"}),
                 "text": task.inputs.text,
@@ -267,41 +316,36 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
     Returns:
         One record a method, in the order of `METHODS` and, where the task has generations, `IPET_METHODS`.
     """
-    task, base, profile = data.task, data.base, data.profile
+    task, base, profile = data.task, data.start, data.profile
     labelled, transfer = data.cut(labels, seed)
     training, names, test = task.resolved("training"), task.label_names, data.test
     clock = _Clock()
-    methods = [*METHODS, *(IPET_METHODS if task.ipet.generations else [])]
+    methods = [
+        *METHODS,
+        *(IPET_METHODS if task.ipet.generations else []),
+        *(ORIGINAL_METHODS if data.original else []),
+    ]
     predicted: dict[str, Floats | None] = dict.fromkeys(methods)
     untrained: list[Floats] = []
     on_test: list[Floats] = []
     on_transfer: list[Floats] = []
     accuracies: list[float | None] = []
 
-    # As the stage `fit`: one set of folds for all annotators, seeds from the pattern.
-    folds = stratified_folds(labelled.labels, training["folds"], seed_of("folds")) if training["steps"] else None
     nothing, pet = Labelled({}, np.zeros(0, dtype=np.int64)), method("pet").train
     for _, annotator, number in task.members():
         spec = fit_spec(task, annotator)
-        fit_seed = seed_of("fit", annotator.pattern, number)
+        fit_seed = seed_of("fit", annotator.pattern, number)  # as in the stage
         with clock("zero-shot"):
-            fitted = pet(spec, nothing, transfer, base, profile, fit_seed)
-            untrained.append(fitted.log_probabilities(test.texts))
+            untaught = pet(spec, nothing, transfer, base, profile, fit_seed)
+            untrained.append(untaught.log_probabilities(test.texts))
         accuracies.append(None)
         if len(labelled):
             with clock("fits"):
-                if folds is not None:
-                    held_out = np.zeros((len(labelled), len(names)), dtype=np.float32)
-                    for fold in range(int(folds.max()) + 1):
-                        held = np.flatnonzero(folds == fold)
-                        rest = labelled.take(np.flatnonzero(folds != fold))
-                        one = pet(spec, rest, transfer, base, profile, seed_of(fit_seed, "fold", fold))
-                        held_out[held] = one.log_probabilities(labelled.take(held).texts)
-                    accuracies[-1] = round(float((held_out.argmax(axis=1) == labelled.labels).mean()), 6)
-                fitted = pet(spec, labelled, transfer, base, profile, fit_seed)
-                on_test.append(fitted.log_probabilities(test.texts))
+                fitted = fit_annotator(spec, labelled, transfer, base, profile, fit_seed)
+                accuracies[-1], taught = fitted.accuracy, fitted.annotator
+                on_test.append(taught.log_probabilities(test.texts))
         with clock("transfer"):
-            on_transfer.append(fitted.log_probabilities(transfer))
+            on_transfer.append((taught if len(labelled) else untaught).log_probabilities(transfer))
     predicted["zero-shot"] = blend(untrained, np.full(len(untrained), 1 / len(untrained)))
     if not on_test:  # without labels the untrained annotators are the ensemble
         on_test, clock.seconds["fits"] = untrained, clock.seconds["zero-shot"]
@@ -335,10 +379,15 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
             student = distill(reads, soft, transfer, labelled, base, profile, seed_of("distill"))
             predicted["ipet-student"] = student.log_probabilities(test.texts)
     if len(labelled):
-        for name, spec in (("fine-tune", {**reads, **FINE_TUNE}), ("embedding", reads), ("tfidf-nb", reads)):
+        rivals = [("fine-tune", {**reads, **FINE_TUNE}), ("embedding", reads), ("tfidf-nb", reads)]
+        for name, spec in rivals:
             with clock(name):
                 rival = method(name).train(spec, labelled, transfer, base, profile, seed_of(name))
                 predicted[name] = rival.log_probabilities(test.texts)
+        for name, spec in rivals[:2] if data.original else []:
+            with clock(f"original-{name}"):
+                rival = method(name).train(spec, labelled, transfer, data.original, profile, seed_of(name))
+                predicted[f"original-{name}"] = rival.log_probabilities(test.texts)
 
     spent = clock.seconds
     spent["ensemble"] = spent["best-annotator"] = spent["fits"]
@@ -368,6 +417,7 @@ def fit_spec(task: Task, annotator: Annotator) -> dict[str, Any]:
     """What the stage `fit` is told of an annotator."""
     return {
         **{key: value for key, value in task.resolved("training").items() if key != "dtype"},
+        "method": "pet",
         "pattern": annotator.pattern,
         "words": [[label, words] for label, words in task.words_of(annotator).items()],
         "labels": task.label_names,
@@ -404,7 +454,7 @@ def later_generations(
                 fit_spec(task, annotator),
                 labelled.joined(drawn),
                 transfer,
-                data.base,
+                data.start,
                 data.profile,
                 seed_of("fit", annotator.pattern, number),
             )
@@ -498,7 +548,7 @@ def estimate(data: Dataset, labels: int, rates: Rates) -> float:
     trained = members * (fits + generations) * training["steps"] * batch
     students = 2 if generations else 1
     trained += students * student["steps"] * student["batch_size"] * (1.25 if labels else 1.0)  # see `pipeline.student`
-    trained += FINE_TUNE["steps"] * FINE_TUNE["batch_size"] if labels else 0
+    trained += (2 if data.original else 1) * FINE_TUNE["steps"] * FINE_TUNE["batch_size"] if labels else 0
     scored = members * (transfer + test * (2 if labels else 1)) + test * (3 if labels else 1)
     scored += members * (generations * transfer + test) + test if generations else 0
     loads = members * (fits + 1 + generations) + (3 if labels else 1)
@@ -507,7 +557,8 @@ def estimate(data: Dataset, labels: int, rates: Rates) -> float:
 
 def table(records: Sequence[Record], cap: int) -> str:
     """The records as Markdown: means over the seeds with standard deviations, in per cent."""
-    methods = [name for name in [*METHODS, *IPET_METHODS] if any(record["method"] == name for record in records)]
+    known = [*METHODS, *IPET_METHODS, *ORIGINAL_METHODS]
+    methods = [name for name in known if any(record["method"] == name for record in records)]
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in records:
         groups.setdefault((record["dataset"], record["labels"]), []).append(record)
@@ -527,8 +578,44 @@ def table(records: Sequence[Record], cap: int) -> str:
             seeds = len({record["seed"] for record in group})
             lines.append(f"| {dataset} | {labels} | {seeds} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
+    parts.append(paired(records))
     parts.append(f"Transfer and test sets hold at most {cap:,} rows each, drawn with a fixed seed.")
     return "\n\n".join(parts)
+
+
+def paired(records: Sequence[Record]) -> str:
+    """How far the ensemble and its student are ahead of fine-tuning on the same draws, with 95 % intervals (t)."""
+    rivals = [name for name in ("fine-tune", "original-fine-tune") if any(r["method"] == name for r in records)]
+    lines = [
+        "Ahead of fine-tuning on the same draws, points of accuracy: mean, and its 95 % interval over the draws\n",
+        f"| dataset | labels | {' | '.join(f'{m} - {rival}' for rival in rivals for m in ('ensemble', 'student'))} |",
+        f"|---|--:|{'--:|' * 2 * len(rivals)}",
+    ]
+    values: dict[tuple[str, int], dict[tuple[str, int], float]] = {}
+    for record in records:
+        if record["accuracy"] is not None:
+            cell = values.setdefault((record["dataset"], record["labels"]), {})
+            cell[record["method"], record["seed"]] = 100 * record["accuracy"]
+    for (dataset, labels), found in values.items():
+        if not any(name == "fine-tune" for name, _ in found):
+            continue
+        cells = []
+        for rival in rivals:
+            for name in ("ensemble", "student"):
+                apart = [found[name, seed] - value for (other, seed), value in found.items() if other == rival]
+                low, high = interval(apart)
+                cells.append(f"{statistics.mean(apart):+.1f} ({low:+.1f} to {high:+.1f})" if len(apart) > 1 else "-")
+        lines.append(f"| {dataset} | {labels} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean, by Student's t."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, mean
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return mean - half, mean + half
 
 
 def _say(message: str) -> None:
@@ -556,6 +643,9 @@ def run(
     cap: int = CAP,
     ipet: int = 0,
     out: Path | None = None,
+    overrides: Sequence[str] = (),
+    dev: bool = False,
+    original: Path | None = None,
 ) -> list[Record]:
     """Run the cells that are not there yet.
 
@@ -568,6 +658,9 @@ def run(
         cap: the most rows of the transfer set, and of the test set.
         ipet: the generations of iPET; 0 leaves its methods out.
         out: the JSON-lines file with finished cells.
+        overrides: dotted.key=value, for the task.
+        dev: score rows cut from train.
+        original: another encoder, to fine-tune and to embed with.
 
     Returns:
         The records of all wanted cells: dataset, labels, seed, method, accuracy, macro_f1, seconds.
@@ -580,7 +673,10 @@ def run(
     results = Results(out or Path(f"quality-{'+'.join(datasets)}-cap{cap}.jsonl"))
     wanted: list[tuple[Dataset, int, int, str]] = []
     for name in datasets:
-        loaded = Dataset.load(data / name, Task.load(task or TASKS / f"{name}.yaml", [f"ipet.generations={ipet}"]), cap)
+        settings = [f"ipet.generations={ipet}", *overrides]
+        loaded = Dataset.load(
+            data / name, Task.load(task or TASKS / f"{name}.yaml", settings), cap, dev=dev, original=original
+        )
         for number in labels:
             if number:
                 draw(loaded.train.labels, number, 0)  # tells now what can't be drawn, not hours later
@@ -623,6 +719,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", type=Path, metavar="FILE", help="a task file instead of benchmarks/tasks/NAME.yaml")
     parser.add_argument("--cap", type=int, default=CAP, metavar="ROWS", help=f"of transfer and test (default {CAP})")
     parser.add_argument("--ipet", type=int, default=0, metavar="N", help="generations of iPET (default 0: none)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the task")
+    parser.add_argument("--dev", action="store_true", help="score rows cut from train, and leave the test rows alone")
+    parser.add_argument("--original", type=Path, metavar="DIR", help="another encoder to fine-tune and embed with")
     parser.add_argument("--out", type=Path, metavar="FILE", help="finished cells; default quality-NAMES-capROWS.jsonl")
     parser.add_argument("--json", action="store_true", help="print the records as JSON instead of tables")
     given = parser.parse_args(arguments)
@@ -642,6 +741,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cap=given.cap,
             ipet=given.ipet,
             out=given.out,
+            overrides=given.set,
+            dev=given.dev,
+            original=given.original,
         )
     except ClozelineError as error:
         _say(f"error: {error}")

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `pipeline.worker`; read when torch is imported
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline.base_model import resolve_base_model
 from pipeline.plan import build_plan
 from pipeline.stages import run_stage
 from pipeline.store import Store
@@ -107,7 +106,7 @@ def run_alone(request: Path) -> None:
 def measure(data: Path, scratch: Path, rows: int) -> dict[str, dict[str, float]]:
     """All stages over so many rows: for each kind the seconds in all, the highest peak and the model's seconds."""
     task = Task.load(write_task(data, scratch / str(rows), rows))
-    plan = build_plan(task, resolve_base_model(task.base_model, task.root))
+    plan = build_plan(task, task.base())
     store = Store(scratch / str(rows) / "store")
     found: dict[str, dict[str, float]] = {}
     for call in plan.calls:

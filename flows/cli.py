@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from flows import cli_store
+from flows.cli_adapt import adapt
 from flows.cli_config import config
 from flows.cli_console import (
     AsJson,
@@ -161,14 +162,13 @@ def _dry_run(task: str, overrides: list[str], out_dir: str | None, as_json: bool
 @app.command()
 def check(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Tell every mistake in a task before any model runs, and the estimated work."""
-    from pipeline.base_model import resolve_base_model
     from pipeline.checks import check_task
     from pipeline.plan import build_plan
     from pipeline.task import Task
 
     loaded = Task.load(task, overrides)
     warnings = check_task(loaded)
-    plan = build_plan(loaded, resolve_base_model(loaded.base_model, loaded.root))
+    plan = build_plan(loaded, loaded.base())
     estimate: dict[str, Any] = {
         "rows": plan.rows,
         "tokens": round(plan.tokens),
@@ -231,8 +231,8 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a commented task file from what a Parquet file shows."""
+    from pipeline.locations import write_atomically
     from pipeline.starter import starter_task
-    from pipeline.store import write_atomically
 
     if target.exists() and not force:
         raise InputError("the file is there already", where=str(target), fix="choose another --out, or --force")
@@ -265,6 +265,7 @@ def preview(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) 
 
 
 app.add_typer(cli_store.app, name="store")
+app.command()(adapt)
 app.command()(notify)
 app.command()(watch)
 app.command()(config)

@@ -71,16 +71,19 @@ def du(as_json: AsJson = False) -> None:
 @app.command()
 def gc(
     keep: Annotated[
-        int, typer.Option("--keep", min=0, help="How many versions of each release keep what they were made of.")
+        int,
+        typer.Option(
+            "--keep", min=0, help="How many versions of each release keep what they were made of; held ones do anyway."
+        ),
     ] = 3,
     yes: Annotated[bool, typer.Option("--yes", help="Remove it; without this, only tell what would go.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove artifacts that nothing needs; a dry run unless --yes is given.
 
-    What stays: what the last versions of each release were made of, what a run or stage uses now, and what a run
-    that did not finish within the last week had done. Releases themselves are never touched, and what was removed
-    is computed again when it is wanted.
+    What stays: what the last versions of each release, and those that are held, were made of, what a run or stage
+    uses now, and what a run that did not finish within the last week had done. Releases themselves are never touched,
+    and what was removed is computed again when it is wanted.
     """
     store, name = _opened()
     found = collect(store, keep) if yes else plan_gc(store, keep)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -28,8 +30,9 @@ def tell_of_gone(client: SyncPrefectClient) -> bool:
         Whether a run is being handed over just now, so that it will be known in `HANDOVER_SECONDS`.
     """
     in_between = False
+    here = cache(lambda pool: _is_here(client, pool))
     for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=_ALIVE))):
-        if is_gone(client, run):
+        if _is_gone(run, here):
             client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)
         elif not run.infrastructure_pid and run.work_pool_name is not None and run.state_type == StateType.PENDING:
             in_between = True
@@ -38,6 +41,11 @@ def tell_of_gone(client: SyncPrefectClient) -> bool:
 
 def is_gone(client: SyncPrefectClient, run: FlowRun) -> bool:
     """Whether a run's process was on this machine, and is no more."""
+    return _is_gone(run, lambda pool: _is_here(client, pool))
+
+
+def _is_gone(run: FlowRun, here: Callable[[str], bool]) -> bool:
+    """See `is_gone`; ``here`` tells whether the runs of a work pool are processes of this machine."""
     if run.work_pool_name is None or run.state is None:
         return False
     if run.infrastructure_pid:
@@ -45,14 +53,19 @@ def is_gone(client: SyncPrefectClient, run: FlowRun) -> bool:
             return False
     elif not run.state.is_pending() or (datetime.now(UTC) - run.state.timestamp).total_seconds() < HANDOVER_SECONDS:
         return False
+    return here(run.work_pool_name)
+
+
+def _is_here(client: SyncPrefectClient, pool: str) -> bool:
+    """Whether all workers of a pool are on this machine, and start processes."""
     # A run says which process it has and not where; the workers that `deploy/cluster.sh` starts bear the machine's
     # name, and start processes.
-    here = re.compile(re.escape(platform.node()) + "-(cpu|gpu-.+)")
-    workers = client.read_workers_for_work_pool(run.work_pool_name)
+    ours = re.compile(re.escape(platform.node()) + "-(cpu|gpu-.+)")
+    workers = client.read_workers_for_work_pool(pool)
     return (
-        client.read_work_pool(run.work_pool_name).type == "process"
+        client.read_work_pool(pool).type == "process"
         and bool(workers)
-        and all(here.fullmatch(worker.name) for worker in workers)
+        and all(ours.fullmatch(worker.name) for worker in workers)
     )
 
 

@@ -62,12 +62,13 @@ def embedded_path() -> Path:
     raise InputError("the embedded model is not installed", where="base_model: embedded", fix="reinstall clozeline")
 
 
-def resolve_base_model(name: str, root: Path = Path(".")) -> BaseModel:
+def resolve_base_model(name: str, root: Path = Path("."), *, headless: bool = False) -> BaseModel:
     """Find a base model.
 
     Args:
         name: ``embedded``, a directory (relative to ``root``), or a hub name with a revision, NAME@REVISION.
         root: the task file's directory.
+        headless: whether an encoder without a masked-LM head will do, since `pipeline.adapt` trains one.
 
     Raises:
         InputError: it is not there, has no safetensors, or has no masked-LM head.
@@ -84,11 +85,13 @@ def resolve_base_model(name: str, root: Path = Path(".")) -> BaseModel:
             where=f"base_model (looked in {root.resolve()})",
             fix="use 'embedded', a directory, or a hub name with its revision: NAME@REVISION",
         )
-    return _describe(name, path.resolve())
+    # A warm process outlives a directory's content: an adapted model that was damaged is built again in its place.
+    stamp = tuple(sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in path.glob("*.*")))
+    return _describe(name, path.resolve(), headless, stamp)
 
 
 @functools.cache
-def _describe(name: str, path: Path) -> BaseModel:
+def _describe(name: str, path: Path, headless: bool, stamp: tuple[tuple[str, int, int], ...]) -> BaseModel:
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         raise InputError("the base model has no safetensors", where=str(path), fix="convert it; pickles are not read")
@@ -97,11 +100,11 @@ def _describe(name: str, path: Path) -> BaseModel:
     except (OSError, ValueError) as error:
         raise InputError(f"can't read the model's configuration: {error}", where=str(path / "config.json")) from None
     architectures = config.get("architectures") or []
-    if architectures and not any("MaskedLM" in a or "PreTraining" in a for a in architectures):
+    if not headless and architectures and not any("MaskedLM" in a or "PreTraining" in a for a in architectures):
         raise InputError(
             f"the base model has no masked-LM head (it is a {architectures[0]})",
             where=f"base_model: {name}",
-            fix="choose a model that was saved with one (…ForMaskedLM)",
+            fix="choose a model that was saved with one (…ForMaskedLM), or let adapt.steps train one",
         )
     digest = hashlib.sha256()
     for file in sorted({file for pattern in _FILES for file in path.glob(pattern)}):

@@ -13,6 +13,7 @@ from pipeline.ragged import Numbers, Ragged
 # Measured on two cores with the embedded model: batches of 1,024 to 4,096 tokens are alike, those of 8,192 slower by
 # a third.
 TOKEN_BUDGET = 4096
+_CUDA_TOKEN_BUDGET = 65536
 # What one more forward and backward pass costs beside its tokens, in tokens: kernels started, weights cast.
 _PASS_TOKENS = 150
 _batch_share = 1.0
@@ -32,6 +33,11 @@ def batch_share() -> float:
     return _batch_share
 
 
+def token_budget(device: torch.device) -> int:
+    """The tokens of a batch that a device is busy with."""
+    return _CUDA_TOKEN_BUDGET if device.type == "cuda" else TOKEN_BUDGET
+
+
 def by_length(lengths: Sequence[int] | Numbers, token_budget: int = TOKEN_BUDGET) -> list[npt.NDArray[np.int64]]:
     """Group row numbers into batches of similar length.
 
@@ -43,8 +49,12 @@ def by_length(lengths: Sequence[int] | Numbers, token_budget: int = TOKEN_BUDGET
         Batches of row numbers, every row in exactly one; the longest rows first, so that running out of
         memory shows at once.
     """
+    return steps_by_length(lengths, max(int(token_budget * _batch_share), 1))
+
+
+def steps_by_length(lengths: Sequence[int] | Numbers, token_budget: int) -> list[npt.NDArray[np.int64]]:
+    """`by_length` whatever the `batch_share`: for steps of training, whose rows must not depend on memory."""
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-    token_budget = max(int(token_budget * _batch_share), 1)
     batches, start = [], 0
     while start < len(order):
         longest = max(int(lengths[order[start]]), 1)

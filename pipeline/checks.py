@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline import tables
-from pipeline.base_model import EMBEDDED, BaseModel, resolve_base_model
+from pipeline.base_model import EMBEDDED, BaseModel
 from pipeline.errors import InputError
 from pipeline.locations import local_path
 from pipeline.release import OWN_COLUMNS
@@ -35,14 +35,14 @@ def check_task(task: Task) -> list[str]:
     problems: list[InputError] = []
     warnings: list[str] = []
     try:
-        base: BaseModel | None = resolve_base_model(task.base_model, task.root)
+        base: BaseModel | None = task.base()
     except InputError as error:
         problems.append(error)
         base = None
     if base is not None:
         _patterns(task, base, problems, warnings)
         if base.name != EMBEDDED:
-            _cloze_model(base, problems, warnings)
+            _cloze_model(base, task.adapt.steps > 0, problems, warnings)
     _columns(task, problems)
     _files(task, problems, warnings)
     _storage(problems)
@@ -125,12 +125,12 @@ def _patterns(task: Task, base: BaseModel, problems: list[InputError], warnings:
         problems.append(error)
 
 
-def _cloze_model(base: BaseModel, problems: list[InputError], warnings: list[str]) -> None:
+def _cloze_model(base: BaseModel, headless: bool, problems: list[InputError], warnings: list[str]) -> None:
     """The base model loads, has its head, and is told when it can't be scored the short way."""
     from pipeline.cloze import ClozeModel
 
     try:
-        shortcut = ClozeModel(base.path, {"device": "cpu", "dtype": "float32"}).shortcut
+        shortcut = ClozeModel(base.path, {"device": "cpu", "dtype": "float32"}, new_head=headless).shortcut
     except InputError as error:
         problems.append(InputError(error.problem, where=f"base_model: {base.name}", fix=error.fix))
         return

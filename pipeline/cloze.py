@@ -19,15 +19,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from pipeline.batching import by_length, pad
+from pipeline.batching import by_length, pad, token_budget
 from pipeline.errors import InputError
-from pipeline.precision import attention_for, scoring
+from pipeline.precision import attention_for, scoring, silent_loading, training_numbers
 from pipeline.tables import Floats
 from pipeline.template import Encoded
 from pipeline.verbalizer import Verbalizer
@@ -66,31 +65,54 @@ class _RowsOfDecoder(nn.Module):
             )
 
 
-def _load(path: Path, device: torch.device) -> Any:
-    """A masked language model, all of whose weights are in its file.
+def _load(path: Path, device: torch.device, new_head: bool) -> tuple[Any, list[str]]:
+    """A masked language model, and the names of the weights that its head lacks in the file.
 
     Raises:
-        InputError: they are not, or it can't be loaded.
+        InputError: it lacks others, or any where no new head is wanted, or it can't be loaded.
     """
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its report of missing weights is ours to tell
-    transformers.logging.disable_progress_bar()
     try:
-        model, report = AutoModelForMaskedLM.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, **attention_for(device)
-        )
+        with silent_loading():
+            model, report = AutoModelForMaskedLM.from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True, **attention_for(device)
+            )
     except (ValueError, OSError) as error:
         raise InputError(f"can't load the base model: {error}", where=str(path)) from error
-    finally:
-        transformers.logging.set_verbosity(level)
+    missing = sorted(report["missing_keys"])
     # A head that is not in the file would be made up at random, and so would every label.
-    if missing := sorted(report["missing_keys"]):
+    if missing and (not new_head or any(name.startswith(model.base_model_prefix + ".") for name in missing)):
         raise InputError(
             f"the base model's masked-LM head is not in its file: {', '.join(missing[:3])}",
             where=str(path),
             fix="choose a model that was saved with its masked-LM head",
         )
-    return model
+    _start_head(model, missing)
+    return model, missing
+
+
+def _start_head(model: Any, names: Sequence[str]) -> None:
+    """Begin a head so that it hands on what the encoder says: square matrices are the identity, biases nothing.
+
+    Where word embeddings are narrower than the encoder (ALBERT, ELECTRA), the way back is the transpose of the
+    encoder's own projection.
+    """
+    words = model.get_input_embeddings().weight
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            weight = own.get(name)
+            if weight is None:  # a buffer
+                continue
+            if weight.shape == words.shape:
+                weight.copy_(words)
+            elif weight.ndim == 2:
+                forth = [w for n, w in own.items() if n not in names and w.ndim == 2 and w.shape == weight.shape[::-1]]
+                if weight.shape[0] != weight.shape[1] and len(forth) == 1:
+                    weight.copy_(forth[0].T)
+                else:
+                    nn.init.eye_(weight)
+            else:
+                weight.fill_(1.0 if name.endswith("weight") else 0.0)  # one-dimensional weights are layer norms'
 
 
 class ClozeModel(nn.Module):
@@ -99,21 +121,23 @@ class ClozeModel(nn.Module):
     Args:
         path: a directory in the Hugging Face layout.
         profile: the numeric profile (`pipeline.device.numeric_profile`).
+        new_head: give an encoder without a masked-LM head one that is still to be trained, instead of refusing it.
 
     Attributes:
         shortcut: how much of the full forward pass is spared. ``label words``: only the positions that are asked for
             go through the head, and only the words' rows are multiplied. ``positions``: those positions, and the
             whole vocabulary. ``none``: the full pass, which is right for any model and slow. Both score in fp32.
+        new_head: the names of the weights that were not in the file.
 
     Raises:
         InputError: the model can't be loaded, or its head is not in its file.
     """
 
-    def __init__(self, path: Path, profile: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, profile: Mapping[str, str], new_head: bool = False) -> None:
         super().__init__()
         self.device = torch.device(profile["device"])
         self.dtype = getattr(torch, profile["dtype"])
-        self.model = _load(path, self.device)
+        self.model, self.new_head = _load(path, self.device, new_head)
         self.decoder: _RowsOfDecoder | None = None
         self._at: tuple[torch.Tensor, torch.Tensor] | None = None
         self.model.eval()
@@ -179,7 +203,7 @@ class ClozeModel(nn.Module):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The numbers that the profile asks for; master weights stay fp32."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        return training_numbers(self.device, self.dtype)
 
     def logits_at(
         self,
@@ -315,7 +339,7 @@ class WordScorer:
         done, total = 0, rows * len(encoded)
         with self.model.scoring():
             for inputs in encoded.values():
-                for batch in by_length(inputs.tokens.lengths):
+                for batch in by_length(inputs.tokens.lengths, token_budget(self.model.device)):
                     ids, attention = pad(inputs.tokens, batch, pad_id, self.model.device)
                     at = torch.from_numpy(inputs.mask_at[batch]).to(self.model.device)
                     numbers, part = self.word_scores(ids, attention, at)

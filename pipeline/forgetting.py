@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,18 @@ from pipeline.errors import InputError, writing
 from pipeline.exports import WITHOUT
 from pipeline.housekeeping import discard_texts, holding
 from pipeline.inventory import Stored
+from pipeline.locations import below, read_file, read_json, remove_file, write_file
 from pipeline.publishing import release_lease, remove_unfinished
+from pipeline.report import CARD, card_without
 from pipeline.settings import Settings
-from pipeline.store import MANIFEST, TEMPORARY, Store, sha256_of, sync_tree
+from pipeline.store import CHECKPOINTS, MANIFEST, TEMPORARY, Store, sha256_of, sync_tree
 from pipeline.tables import BATCH_ROWS, holds_content, opened, parquet_writer
 from pipeline.versions import (
     VERSIONS,
     Forgotten,
-    below,
     publishing_lease,
-    read_file,
     read_forgotten,
-    read_json,
     some_versions,
-    write_file,
     write_forgotten,
 )
 
@@ -77,7 +76,7 @@ def plan_forgetting(release: str, row_ids: Collection[str], store: Store) -> For
         store: the artifact store.
 
     Raises:
-        InputError: no version has one of the rows, a version is damaged, or there is none.
+        InputError: no version has one of the rows, a version can't be read, or there is none.
         StorageTrouble: the storage did not answer.
     """
     manifests = {name: _manifest(release, name) for name in some_versions(release)}
@@ -118,25 +117,50 @@ def forget(release: str, row_ids: Collection[str], store: Store) -> Forgetting:
     some_versions(release)  # before a lock is left where no release is
     # A run that had planned before would publish the texts once more: hence the lease of whole runs.
     with release_lease(release) as run:
-        with (
-            writing("the release", release, "ask whoever owns it, then give the same command again"),
-            publishing_lease(release) as held,
-        ):
+        with ExitStack() as stack:
+            with _writing(release):
+                held = stack.enter_context(publishing_lease(release))
             found = plan_forgetting(release, row_ids, store)
             contents = sorted({*read_forgotten(release).contents, *found.all_contents})
-            write_forgotten(release, Forgotten(contents, found.contents, found.sources))
-            remove_unfinished(release)
+            with _writing(release):
+                write_forgotten(release, Forgotten(contents, found.contents, found.sources))
+                remove_unfinished(release)
             for name in some_versions(release):
                 run.check()
                 held.check()
-                _rewrite(release, name, found.all_contents)
+                with _writing(release):
+                    _rewrite(release, name, found.all_contents)
         discard_texts(store, found.all_contents)
         _discard_copies(Settings().cache_path, found.all_contents)
-        write_forgotten(release, Forgotten(contents))
+        with _writing(release):
+            write_forgotten(release, Forgotten(contents))
     return found
 
 
+def _writing(release: str) -> AbstractContextManager[None]:
+    """Tell what keeps a block from writing to the release; what it reads stands in `_reading`."""
+    return writing("the release", release, "ask whoever owns it, then give the same command again")
+
+
+@contextmanager
+def _reading(file: str) -> Iterator[None]:
+    """Tell what keeps a block from reading a file of a version as the user's to mend.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"can't read a file of the version: {error}",
+            where=file,
+            fix="put it back from a backup, or remove the version, then give the same command again",
+        ) from error
+
+
 def _manifest(release: str, name: str) -> dict[str, Any]:
+    """A version's manifest, without the files of empty splits that a command which was killed has removed."""
     version = below(release, VERSIONS, name)
     manifest = read_json(below(version, MANIFEST))
     if manifest is None or "files" not in manifest or "rows" not in manifest:
@@ -145,11 +169,25 @@ def _manifest(release: str, name: str) -> dict[str, Any]:
         )
     for file in manifest["files"]:
         locations.inside(Path(version), file)
+    empty = [file for split, rows in manifest["rows"].items() if not rows for file in _data(manifest, split)]
+    if empty:
+        there = _names_in(below(version, "data"))
+        for file in empty:
+            if file.removeprefix("data/") not in there:
+                del manifest["files"][file]
     return manifest
 
 
-def _data(manifest: dict[str, Any]) -> list[str]:
-    return [name for name in manifest["files"] if name.startswith("data/") and name.endswith(".parquet")]
+def _names_in(directory: str) -> set[str]:
+    if locations.is_url(directory):
+        return set(locations.entries(directory))
+    return {path.name for path in Path(directory).glob("*")}
+
+
+def _data(manifest: dict[str, Any], split: str | None = None) -> list[str]:
+    """The Parquet files of a split, or of all."""
+    start = "data/" if split is None else f"data/{split}-"
+    return [name for name in manifest["files"] if name.startswith(start) and name.endswith(".parquet")]
 
 
 def _contents_of(release: str, manifests: dict[str, dict[str, Any]], row_ids: set[str]) -> dict[str, set[str]]:
@@ -158,7 +196,8 @@ def _contents_of(release: str, manifests: dict[str, dict[str, Any]], row_ids: se
     wanted = pa.array(sorted(row_ids), pa.string())
     for version, manifest in manifests.items():
         for name in _data(manifest):
-            with opened(below(release, VERSIONS, version, name)) as file:
+            location = below(release, VERSIONS, version, name)
+            with _reading(location), opened(location) as file:
                 for batch in file.iter_batches(BATCH_ROWS, columns=["row_id", "content_hash"]):
                     mine = batch.filter(pc.is_in(batch.column("row_id"), wanted))
                     for row in mine.to_pylist():
@@ -168,7 +207,7 @@ def _contents_of(release: str, manifests: dict[str, dict[str, Any]], row_ids: se
 
 def _count(location: str, contents: Iterable[str]) -> int:
     wanted = pa.array(list(contents), pa.string())
-    with opened(location) as file:
+    with _reading(location), opened(location) as file:
         batches = file.iter_batches(BATCH_ROWS, columns=["content_hash"])
         return sum(int(pc.sum(pc.is_in(batch.column(0), wanted)).as_py() or 0) for batch in batches)
 
@@ -180,10 +219,11 @@ def _sources(store: Store, artifacts: list[Stored]) -> set[str]:
 
 
 def _rewrite(release: str, name: str, contents: Collection[str]) -> None:
-    """Take rows out of a version.
+    """Take rows out of a version, and with its last row a split: `datasets` loads no version that has an empty one.
 
     The new manifest goes before the files that it describes: killed in between, the files that still hold a text
-    are the ones that the next try writes again, and the manifest is right about all the others.
+    are the ones that the next try writes again, and the manifest is right about all the others. A split that became
+    empty stays in it, with no rows, until its files are gone (see `_manifest`).
     """
     version = below(release, VERSIONS, name)
     manifest = _manifest(release, name)
@@ -191,23 +231,43 @@ def _rewrite(release: str, name: str, contents: Collection[str]) -> None:
     shutil.rmtree(work, ignore_errors=True)
     try:
         written = [file for file in manifest["files"] if _write_without(version, file, contents, work / file)]
-        if not written:
-            return
-        sync_tree(work)
-        for file in written:
-            manifest["files"][file] = {"bytes": (work / file).stat().st_size, "sha256": sha256_of(work / file)}
-        for split in manifest["rows"]:
-            files = [file for file in _data(manifest) if file.startswith(f"data/{split}-")]
-            places = [str(work / file) if file in written else below(version, file) for file in files]
-            manifest["rows"][split] = sum(_rows(place) for place in places)
-        write_file(below(version, MANIFEST), json.dumps(manifest, indent=1, sort_keys=True))
-        if locations.is_url(version):
-            transfer.upload_tree(work, written, version)
-        else:
-            for file in written:
-                os.replace(work / file, Path(version, file))
+        if written:
+            for split in manifest["rows"]:
+                files = _data(manifest, split)
+                places = [str(work / file) if file in written else below(version, file) for file in files]
+                manifest["rows"][split] = sum(_rows(place) for place in places)
+        empty = [split for split, rows in manifest["rows"].items() if not rows]
+        gone = [file for split in empty for file in _data(manifest, split)]
+        if _write_card_without(version, empty, work / CARD):
+            written.append(CARD)
+        if written:
+            _replace(version, manifest, written, gone, work)
+        if empty:
+            for file in gone:
+                remove_file(below(version, file))
+                del manifest["files"][file]
+            manifest["rows"] = {split: rows for split, rows in manifest["rows"].items() if rows}
+            _write_manifest(version, manifest)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace(version: str, manifest: dict[str, Any], written: list[str], gone: list[str], work: Path) -> None:
+    """Put new files in a version's place, behind the manifest that describes them; those of ``gone`` are left out."""
+    sync_tree(work)
+    for file in written:
+        manifest["files"][file] = {"bytes": (work / file).stat().st_size, "sha256": sha256_of(work / file)}
+    _write_manifest(version, manifest)
+    kept = [file for file in written if file not in gone]
+    if locations.is_url(version):
+        transfer.upload_tree(work, kept, version)
+    else:
+        for file in kept:
+            os.replace(work / file, Path(version, file))
+
+
+def _write_manifest(version: str, manifest: dict[str, Any]) -> None:
+    write_file(below(version, MANIFEST), json.dumps(manifest, indent=1, sort_keys=True))
 
 
 def _work(version: str) -> Path:
@@ -220,12 +280,16 @@ def _work(version: str) -> Path:
 def _write_without(version: str, name: str, contents: Collection[str], out: Path) -> bool:
     """Write a file of a version without some rows; gives whether it held any."""
     location = below(version, name)
-    if name.startswith("data/") and name.endswith(".parquet") and holds_content(location, contents):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _copy_without(location, contents, out)
-        return True
+    if name.startswith("data/") and name.endswith(".parquet"):
+        with _reading(location):
+            held = holds_content(location, contents)
+        if held:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _copy_without(location, contents, out)
+        return held
     if name.startswith("exports/") and (without := WITHOUT.get(name.removeprefix("exports/"))):
-        text = (read_file(location) or b"").decode()
+        with _reading(location):
+            text = (read_file(location) or b"").decode()
         left = without(text, contents)
         if left != text:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -234,19 +298,41 @@ def _write_without(version: str, name: str, contents: Collection[str], out: Path
     return False
 
 
+def _write_card_without(version: str, splits: list[str], out: Path) -> bool:
+    """Write a version's card without the entries of some splits; gives whether it had any."""
+    if not splits:
+        return False
+    location = below(version, CARD)
+    with _reading(location):
+        card = (read_file(location) or b"").decode()
+    left = card_without(card, splits)
+    if left == card:
+        return False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(left.encode())
+    return True
+
+
 def _copy_without(location: str, contents: Collection[str], out: Path) -> None:
-    """Row group by row group, with the same schema; a file that becomes empty stays with no rows."""
+    """Row group by row group, with the same schema.
+
+    A file that becomes empty is written with no rows: beside others of its split it stays, which `datasets` copes with.
+    """
     unwanted = pa.array(sorted(contents), pa.string())
-    with opened(location) as file, parquet_writer(out, file.schema_arrow) as writer:
+    with ExitStack() as stack:
+        with _reading(location):
+            file = stack.enter_context(opened(location))
+        writer = stack.enter_context(parquet_writer(out, file.schema_arrow))
         for number in range(file.num_row_groups):
-            group = file.read_row_group(number)
+            with _reading(location):
+                group = file.read_row_group(number)
             left = group.filter(pc.invert(pc.is_in(group.column("content_hash"), unwanted)))
             if left.num_rows:
                 writer.write_table(left, row_group_size=left.num_rows)
 
 
 def _rows(location: str) -> int:
-    with opened(location) as file:
+    with _reading(location), opened(location) as file:
         return int(file.metadata.num_rows)
 
 
@@ -254,6 +340,7 @@ def _discard_copies(cache: Path, contents: Collection[str]) -> None:
     """Remove this machine's copies: of the user's files all, of artifacts behind URLs those that hold a text."""
     # Which column of a user's file holds the text is not known here, and a copy may be fetched again at any time.
     shutil.rmtree(cache / "files", ignore_errors=True)
+    shutil.rmtree(cache / CHECKPOINTS, ignore_errors=True)  # of models that read the text
     for file in sorted((cache / "stores").glob("*/*/*/*/**/*.parquet")):
         store, stage, key, prefix = file.relative_to(cache / "stores").parts[:4]
         if stage != TEMPORARY and file.exists() and _may_hold(file, contents):

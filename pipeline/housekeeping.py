@@ -1,8 +1,9 @@
 """What lies in a store, and what of it may go.
 
-An artifact stays while one of these names it: the last releases of a task at a release path (``released/``), work
-that runs (``uses/``), work that failed or was killed within the last week, so that its next try finds what it had
-done, or a builder that is at it. All else goes, and with it what killed processes left behind.
+An artifact stays while one of these names it: the last releases of a task at a release path (``released/``), those
+that are held there, which somebody may promote, work that runs (``uses/``), work that failed or was killed within the
+last week, so that its next try finds what it had done, or a builder that is at it. All else goes, and with it what
+killed processes left behind.
 
 A collection and the registration of new work exclude each other (see `Store.using`), so that whoever has
 registered never loses what it looks for afterwards.
@@ -73,7 +74,8 @@ def plan_gc(store: Store, keep: int) -> Collection:
 
     Args:
         store: the store.
-        keep: how many versions of each task at each release path keep what they were made of.
+        keep: how many versions of each task at each release path keep what they were made of, beside those that are
+            held.
 
     Raises:
         InputError: the storage does not tell when files were written.
@@ -87,7 +89,8 @@ def collect(store: Store, keep: int) -> Collection:
 
     Args:
         store: the store.
-        keep: how many versions of each task at each release path keep what they were made of.
+        keep: how many versions of each task at each release path keep what they were made of, beside those that are
+            held.
 
     Returns:
         What was removed and what was left.

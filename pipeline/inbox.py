@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.locations import AT_ONCE, local_path
-from pipeline.store import key_of, write_atomically
+from pipeline.locations import AT_ONCE, local_path, write_atomically
+from pipeline.store import key_of
 from pipeline.task import Task
 from pipeline.transfer import look_at
 

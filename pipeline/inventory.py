@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import locations
+from pipeline.errors import ClozelineError
 from pipeline.leases import lock_if_free
 from pipeline.locations import Entry
 from pipeline.remote_store import LEASES, USE_SECONDS, RemoteStore
 from pipeline.store import LOCKS, MANIFEST, RELEASED, TEMPORARY, USES, Reference, Store
+from pipeline.versions import held_records, latest_name, whole_versions
 
 _RESERVED = frozenset({LEASES, LOCKS, RELEASED, TEMPORARY, USES})
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -142,22 +144,33 @@ class Inventory:
         return found
 
     def releases(self, keep: int) -> tuple[dict[Reference, str], list[Litter]]:
-        """What the last versions were made of, and the records of older ones."""
-        records = sorted(((name, self.read(name)) for name in self.below(RELEASED)), reverse=True)
-        versions: dict[tuple[str, str], list[str]] = {}
+        """What the last versions were made of, and the held ones, and the records of older versions.
+
+        Args:
+            keep: how many versions of each task at each release path count, that in force first, then the last ones.
+                A held one, which somebody may promote, is none of them.
+        """
+        found = {name: record for name in sorted(self.below(RELEASED), reverse=True) if (record := self.read(name))}
+        standing = {release: _standing(release) for release in sorted({record["release"] for record in found.values()})}
+
+        def is_in_force(name: str) -> bool:
+            return bool(found[name]["version"] == standing[found[name]["release"]][0])
+
+        kept: dict[tuple[str, str], set[str]] = {}
         reasons: dict[Reference, str] = {}
         outdated = []
-        for name, record in records:
-            if record is None:
-                continue
-            kept = versions.setdefault((record["name"], record["release"]), [])
+        for name in sorted(found, key=is_in_force, reverse=True):
+            release, version = found[name]["release"], found[name]["version"]
+            held = standing[release][1]
+            mine = kept.setdefault((found[name]["name"], release), set())
             # A version that was found unchanged is recorded again; it is one version all the same.
-            if record["version"] in kept or len(kept) >= keep:
+            if version in mine or (version not in held and len(mine - held) >= keep):
                 outdated.append(Litter(name, self.files[name].bytes, "the record of an older release"))
                 continue
-            kept.append(record["version"])
-            for stage, key in record["references"]:
-                reasons.setdefault((stage, key), f"released: {record['version']} at {record['release']}")
+            mine.add(version)
+            state = "held" if version in held else "released"
+            for stage, key in found[name]["references"]:
+                reasons.setdefault((stage, key), f"{state}: {version} at {release}")
         return reasons, outdated
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -183,6 +196,15 @@ class Inventory:
     def sweep(self, names: list[str]) -> None:
         """Remove litter."""
         raise NotImplementedError
+
+
+def _standing(release: str) -> tuple[str | None, frozenset[str]]:
+    """The version in force under a release path, and the held ones; none where it can't be read from here."""
+    try:
+        latest = latest_name(release)
+        return latest, frozenset((held_records(release).keys() & whole_versions(release).keys()) - {latest})
+    except (OSError, ClozelineError):
+        return None, frozenset()
 
 
 class _Directory(Inventory):

@@ -1,4 +1,4 @@
-"""Files behind fsspec URLs: read, written, put once, listed (`pipeline.transfer` copies them).
+"""Files at paths and behind fsspec URLs: read, written, put once, listed (`pipeline.transfer` copies them).
 
 Credentials come from the environment alone (``AWS_*``, ``FSSPEC_S3``, ...). Listings are never cached, so that
 another process's writes are seen at once. Storage errors become three kinds: what is not there is
@@ -8,9 +8,12 @@ another process's writes are seen at once. Storage errors become three kinds: wh
 from __future__ import annotations
 
 import errno
+import json
+import os
 import posixpath
 import re
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -332,3 +335,58 @@ def matches(pattern: str) -> list[str]:
     with translated(pattern):
         found = fs.glob(path, detail=True)
     return sorted(fs.unstrip_protocol(name) for name, info in found.items() if info["type"] == "file")
+
+
+def below(location: str | Path, *parts: str) -> str:
+    """The path or URL of something below a directory, itself a path or a URL."""
+    here = local_path(location)
+    return join(str(location), *parts) if here is None else str(here.joinpath(*parts))
+
+
+def read_file(location: str) -> bytes | None:
+    """The content of a small file at a path or URL, or None where there is none."""
+    if is_url(location):
+        return read(location)
+    try:
+        return Path(location).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that a reader sees the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_file(location: str, text: str) -> None:
+    """Write a small file at a path or URL, or replace it, whole."""
+    if is_url(location):
+        write(location, text.encode())
+        return
+    Path(location).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(location), text)
+
+
+def remove_file(location: str) -> None:
+    """Remove a file at a path or URL; one that is not there is no error."""
+    if is_url(location):
+        remove([location])
+    else:
+        Path(location).unlink(missing_ok=True)
+
+
+def read_json(location: str) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none, or it can't be read."""
+    try:
+        return dict(json.loads(read_file(location) or b""))
+    except (OSError, ValueError, TypeError):  # the last is a number's, which is JSON and no object
+        return None

@@ -6,8 +6,10 @@ Only a row's own text is hidden: never padding, special tokens, the slot or the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.ragged import Numbers, Ragged, offsets_of, spread
 from pipeline.template import Encoded
@@ -44,19 +46,46 @@ class Masked:
         return np.repeat(np.arange(len(rows)), counts), self.columns[mine], self.targets[mine]
 
 
-def mask(encoded: Encoded, mask_id: int, vocabulary: int, random: np.random.Generator) -> Masked:
-    """Hide `SHARE` of the rows' own tokens; a row that has any loses one at least.
+def inside_words(tokenizer: Any) -> npt.NDArray[np.bool_]:
+    """Which tokens of a vocabulary go on with the word of the token before them, bool ``[vocabulary]``.
+
+    WordPiece marks those that do (``##ing``), byte-level BPE and SentencePiece those that don't (a space, written
+    ``Ġ`` or ``▁``); punctuation is a word of its own everywhere. Scripts without spaces become one long word.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    if type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece":
+        return np.array([piece.startswith("##") for piece in pieces])
+    return np.array([piece[:1].isalnum() and not piece.startswith(("Ġ", "▁")) for piece in pieces])
+
+
+def mask(
+    encoded: Encoded,
+    mask_id: int,
+    vocabulary: int,
+    random: np.random.Generator,
+    share: float = SHARE,
+    inside: npt.NDArray[np.bool_] | None = None,
+) -> Masked:
+    """Hide a share of the rows' own tokens; a row that has any loses one at least.
 
     Args:
         encoded: one row at least.
         mask_id: the mask token.
         vocabulary: random tokens are drawn below this number.
         random: where the draws come from.
+        share: of the tokens, or of the words.
+        inside: what `inside_words` gives: a word's tokens are then hidden together (whole-word masking).
     """
     tokens = encoded.tokens
-    draws = np.where(encoded.own, random.random(len(encoded.own)), np.inf)
+    draws = random.random(len(encoded.own))
+    if inside is not None:
+        goes_on = encoded.own & inside[tokens.values]
+        goes_on[1:] &= encoded.own[:-1]  # a word does not go on from a pattern or a special token
+        goes_on[tokens.offsets[:-1]] = False
+        draws = draws[np.maximum.accumulate(np.where(goes_on, 0, np.arange(len(draws))))]
+    draws = np.where(encoded.own, draws, np.inf)
     least = np.minimum.reduceat(draws, tokens.offsets[:-1])  # special tokens frame each row: none is empty
-    limits = np.repeat(np.maximum(least, SHARE), tokens.lengths)
+    limits = np.repeat(np.maximum(least, share), tokens.lengths)
     hidden = np.flatnonzero(encoded.own & (draws <= limits))
     counts = np.bincount(np.searchsorted(tokens.offsets, hidden, side="right") - 1, minlength=len(tokens))
     fate, values = random.random(len(hidden)), tokens.values.copy()

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.base_model import BaseModel, resolve_base_model
+from pipeline.base_model import BaseModel
 from pipeline.device import numeric_profile
 from pipeline.ipet import selection_seed, teachers
 from pipeline.publishing import release_path
@@ -28,8 +28,9 @@ STAGE_VERSIONS = {
     "ingest": 1,
     "prepare": 2,
     "sample": 2,
-    "fit": 3,
-    "annotate": 2,
+    "adapt": 1,
+    "fit": 4,
+    "annotate": 3,
     "select": 1,
     "blend": 1,
     "distill": 2,
@@ -41,7 +42,7 @@ STAGE_VERSIONS = {
 # Stages that read texts and labels of a file and nothing else of it: what is carried along, or how ids are made,
 # must not refit a model.
 _READ_TEXTS_ALONE = frozenset({"sample", "fit", "annotate", "select", "blend", "distill", "label", "evaluate"})
-ON_DEVICE = frozenset({"fit", "annotate", "distill", "label"})
+ON_DEVICE = frozenset({"adapt", "fit", "annotate", "distill", "label"})
 # Floating-point operations a second that the stages reach, measured with the embedded model on two cores (bf16
 # in hardware and fp32); for a GPU a guess.
 _RATES: dict[tuple[str, str], float] = {
@@ -153,7 +154,8 @@ class Plan:
     def seconds(self, call: Call) -> float:
         """A rough estimate of a call's duration."""
         rate = _RATES.get((self.profile["device"], self.profile["dtype"]), 1e11)
-        return (1.3 if call.on_device else 0.3) + call.flops / float(rate)
+        work, minutes = call.flops / float(rate), call.spec.get("minutes")
+        return (1.3 if call.on_device else 0.3) + (min(work, 60 * float(minutes)) if minutes else work)
 
 
 def build_plan(
@@ -179,8 +181,8 @@ def plan_run(task: Task, out: str | None) -> Plan:
     Raises:
         InputError: the base model or a file can't be read.
     """
-    base, release = resolve_base_model(task.base_model, task.root), release_path(task, out)
-    return build_plan(task, base, newest_manifest(release), read_forgotten(release).contents)
+    release = release_path(task, out)
+    return build_plan(task, task.base(), newest_manifest(release), read_forgotten(release).contents)
 
 
 class _Planner:
@@ -195,6 +197,7 @@ class _Planner:
         self.forgotten = {"forgotten": sorted(forgotten)} if forgotten else {}
         self.where = {"base": task.source_of(base.path), "base_name": base.name}
         self.calls: dict[str, Call] = {}
+        self.adapted: dict[str, Call] = {}  # what a model starts from, where that is not the base model itself
 
     def add(self, call: Call) -> Call:
         return self.calls.setdefault(call.key, call)
@@ -240,6 +243,8 @@ class _Planner:
         cap = task.sample.rows_per_label * len(self.labels)
         transfer_rows = min(sum(rows.values()), cap)
         tokens = characters / _CHARACTERS_PER_TOKEN
+        if task.adapt.steps:
+            self.adapted = {"adapt": self.adapt(sample)}
         forward = 2 * self.base.encoder_parameters
         labelled = {name: call for name, call in sets.items() if name == "labelled"}
         members = self.members(labelled, sample, tokens)
@@ -271,7 +276,7 @@ class _Planner:
                     "base": self.base.weights,
                     "profile": self.profile,
                 },
-                {"blend": blend, "sample": sample, **labelled},
+                {"blend": blend, "sample": sample, **labelled, **self.adapted},
                 self.where,
                 flops=3 * forward * 1.4 * self.student["steps"] * self.student["batch_size"] * read,
             )
@@ -332,6 +337,7 @@ class _Planner:
                 "distill": distill,
                 "route": route,
                 "evaluate": evaluate,
+                **self.adapted,
             },
         )
         self.add(release)
@@ -351,6 +357,7 @@ class _Planner:
             "training": self.training,
             "ensemble": task.ensemble.model_dump(),
             **({"ipet": task.ipet.model_dump()} if task.ipet.generations else {}),
+            **({"adapt": task.adapt.model_dump()} if task.adapt.steps else {}),
             "sample": task.sample.model_dump(),
             "student": {**self.student, "template": task.student_template},
             "profile": self.profile,
@@ -372,6 +379,19 @@ class _Planner:
         cap = self.task.sample.rows_per_label * len(self.labels)
         return self.add(Call("sample", {"rows": cap, **self.forgotten}, {**inputs, **sets}, label="transfer set"))
 
+    def adapt(self, sample: Call) -> Call:
+        """The base model, trained on the transfer set; each text is read whole, in the columns' order."""
+        adapt = self.task.adapt
+        spec = {
+            **adapt.model_dump(),
+            "template": self.task.student_template,
+            "max_length": self.training["max_length"],
+            "base": self.base.weights,
+            "profile": self.profile,
+        }
+        work = adapt.steps * adapt.batch_tokens * (8 if adapt.keep else 6) * self.base.encoder_parameters
+        return self.add(Call("adapt", spec, {"sample": sample}, self.where, "base model", work * 1.4))
+
     def members(
         self,
         labelled: Mapping[str, Call],
@@ -386,6 +406,7 @@ class _Planner:
             shared["folds"] = 0
         elif not labelled:  # nothing is trained, so that no setting of training changes a byte
             shared |= {"steps": 0, "folds": 0, "batch_size": 1, "learning_rate": 0.0, "mlm_alpha": 0.0, "dropout": None}
+            shared["learned"] = 1.0
         if shared["mlm_alpha"] == 0:
             shared["mlm_batch_size"] = 0
         length = min(tokens + 10, self.training["max_length"])
@@ -407,7 +428,7 @@ class _Planner:
                 Call(
                     "fit",
                     spec,
-                    {"sample": sample, **labelled, **({"drawn": drawn[name]} if drawn else {})},
+                    {"sample": sample, **labelled, **self.adapted, **({"drawn": drawn[name]} if drawn else {})},
                     self.where,
                     _titled(name, generation),
                     6 * self.base.encoder_parameters * steps * batch * length * 1.4,
@@ -426,7 +447,7 @@ class _Planner:
                 Call(
                     "annotate",
                     {"profile": self.profile},
-                    {"fit": fit, "rows": rows_of},
+                    {"fit": fit, "rows": rows_of, **self.adapted},
                     self.where,
                     f"{_titled(name, fit.generation)} on {suffix}",
                     count * length * 2 * self.base.encoder_parameters,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 
@@ -37,6 +38,11 @@ def scoring(model: nn.Module, encoder: nn.Module, dtype: torch.dtype) -> Iterato
         model.train(training)
 
 
+def training_numbers(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Autocast to bf16 where the profile asks for it, for passes that are trained through; master weights stay fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def exact_outputs(encoder: nn.Module) -> None:
     """Let an encoder hand fp32 to the head, whatever it computes in."""
 
@@ -55,3 +61,15 @@ def attention_for(device: torch.device) -> dict[str, str]:
     On a CPU eager attention's backward pass beats scaled-dot-product attention's at these lengths.
     """
     return {"attn_implementation": "eager"} if device.type == "cpu" else {}
+
+
+@contextmanager
+def silent_loading() -> Iterator[None]:
+    """Keep transformers' report of weights, and its bar, from the screen: what is missing is ours to tell."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)

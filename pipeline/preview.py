@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline import tables
-from pipeline.base_model import resolve_base_model
 from pipeline.cloze import load_tokenizer
 from pipeline.tables import ColumnRoles
 from pipeline.task import Task
@@ -47,7 +46,7 @@ def preview_task(task: Task, examples: int = 2) -> tuple[int, list[PatternPrevie
     Raises:
         InputError: the file, a pattern or a label word can't be used.
     """
-    base = resolve_base_model(task.base_model, task.root)
+    base = task.base()
     tokenizer = load_tokenizer(base.path)
     training = task.resolved("training")
     encoder = Encoder(tokenizer, min(training["max_length"], base.positions), training["truncation"])

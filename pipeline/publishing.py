@@ -19,6 +19,7 @@ from pipeline import locations, transfer
 from pipeline.errors import StorageTrouble, VersionHeld, writing
 from pipeline.gate import Measures, reasons_to_hold
 from pipeline.leases import Lease, lease
+from pipeline.locations import below, read_json
 from pipeline.release import VERSION
 from pipeline.settings import Settings
 from pipeline.store import MANIFEST, Artifact, sync_tree
@@ -27,13 +28,11 @@ from pipeline.versions import (
     NAME,
     SUCCESS,
     VERSIONS,
-    below,
     held_records,
     hold,
     latest_name,
     publishing_lease,
     put_in_force,
-    read_json,
     tidy,
     whole_versions,
 )

@@ -21,7 +21,7 @@ from pipeline import tables
 from pipeline.ensemble import disagreement, margin
 from pipeline.exports import export_queue
 from pipeline.prepare import Renames, excluded_rows
-from pipeline.report import dataset_card, html_report
+from pipeline.report import CARD, dataset_card, html_report
 from pipeline.routing import ROUTES, priorities, reasons
 from pipeline.store import Artifact, sha256_of
 from pipeline.tables import CARRY, TEXT, Floats, Rows, from_lists, to_lists
@@ -93,6 +93,7 @@ def write_release(
     splits = {"review": writer.review(), "rest": writer.rest(progress), "train": writer.train()}
     counts = {name: rows for name, rows in splits.items() if rows}
     metrics = json.loads((inputs["evaluate"].path / "metrics.json").read_text(encoding="utf-8"))
+    diverged = writer.diverged(metrics)
     summary = {
         "name": spec["name"],
         "rows": counts,
@@ -102,11 +103,12 @@ def write_release(
         "test": _brief(metrics),
         "quarantined": sum(artifact.meta["quarantined"] for artifact in writer.shards),
         "excluded_as_labelled": inputs["prepare"].meta.get("labelled_in_pool", 0),
-        **writer.diverged,
+        **diverged,
+        **({"adapted": inputs["adapt"].meta} if "adapt" in inputs else {}),
     }
     version = out / VERSION
     (version / "metrics.json").write_text(json.dumps({**metrics, "summary": summary}, indent=1, sort_keys=True))
-    (version / "README.md").write_text(dataset_card(spec, summary, metrics), encoding="utf-8")
+    (version / CARD).write_text(dataset_card(spec, summary, metrics), encoding="utf-8")
     (version / "report.html").write_text(html_report(spec, summary, metrics), encoding="utf-8")
     if counts.get("review"):
         (version / "exports").mkdir()
@@ -129,7 +131,7 @@ def write_release(
         "sampled_from": spec["sampled_from"],
         "sampled_beside": spec["sampled_beside"],
         "task": spec["task"],
-        **writer.diverged,
+        **diverged,
         "environment": {
             "clozeline": package_version("clozeline"),
             "python": platform.python_version(),
@@ -169,7 +171,6 @@ class _Writer:
         self.schema = release_features(self.labels, spec["text"], self.carried).arrow_schema
         self.label_counts = np.zeros(len(self.labels), dtype=np.int64)
         prepared = inputs["prepare"].path
-        self.diverged = self._diverged()
         self.renames = [Renames(prepared, number) for number in range(len(self.shards))]
         self.queue = self._queue()
         shards, rows = (self.queue.column(name).to_numpy() for name in ("shard", "row"))
@@ -183,22 +184,29 @@ class _Writer:
         scored = [self.inputs[name] for name in sorted(self.inputs) if name.startswith("annotate:")]
         return list(zip(self.spec["members"], self.inputs["blend"].meta["weights"], scored, strict=True))
 
-    def _diverged(self) -> dict[str, dict[str, str]]:
-        """``diverged``: who was left out, and why; nothing where nobody was."""
-        why = {
-            name: artifact.meta["diverged"] for name, _, artifact in self._annotated() if "diverged" in artifact.meta
-        }
-        return {"diverged": why} if why else {}
+    def diverged(self, metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+        """``diverged``: who was left out, and why; nothing where nobody was.
+
+        Of somebody who took part in the blend it says where the scores are no numbers: only there they are left out.
+        """
+        members: list[str] = self.spec["members"]
+        why = dict(zip(members, self.inputs["blend"].meta.get("diverged", [None] * len(members)), strict=True))
+        queued = {name: artifact.meta.get("diverged") for name, _, artifact in self._annotated()}
+        parts = [("the test file", (metrics["test"] or {}).get("diverged", {})), ("the review queue", queued)]
+        for name in members:
+            if why[name] is None:
+                why[name] = "; ".join(f"{found[name]}, in {part}" for part, found in parts if found.get(name))
+        told = {name: text for name, text in why.items() if text}
+        return {"diverged": told} if told else {}
 
     def _queue(self) -> pa.Table:
         """The budget's rows among the candidates, most urgent first, with votes and disagreement."""
         candidates = Rows(self.inputs["route"].path).read()
-        sound = [part for part in self._annotated() if "diverged" not in part[2].meta]
-        members, shares, scored = zip(*sound, strict=True)
-        weights = np.array(shares)
-        scores = [from_lists(pq.read_table(artifact.path / "scores.parquet").column(0)) for artifact in scored]
+        voters = [part for part in self._annotated() if part[1] > 0 and "diverged" not in part[2].meta]
+        members, weights = [name for name, _, _ in voters], np.array([weight for _, weight, _ in voters])
+        scores = [from_lists(pq.read_table(artifact.path / "scores.parquet").column(0)) for _, _, artifact in voters]
         margins = candidates.column("margin").to_numpy()
-        apart = disagreement(scores, weights / weights.sum())
+        apart = disagreement(scores, weights / weights.sum()) if voters else np.zeros_like(margins)
         urgency = priorities(margins, apart)
         best = np.argsort(-urgency, kind="stable")[: self.spec["budget"]]
         medians = (float(np.median(margins)), float(np.median(apart))) if len(margins) else (0.0, 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.metrics import METHODS
 
+CARD = "README.md"
 Cells = Sequence[object]
 
 
@@ -54,6 +55,34 @@ def _diverged(summary: Mapping[str, Any]) -> list[str]:
     return [f"{name} was left out, since its training diverged: {why}." for name, why in diverged.items()]
 
 
+def _adapted(summary: Mapping[str, Any]) -> str:
+    """What adapting the base model did to the loss on texts that it never saw; nothing where it was not adapted."""
+    if "adapted" not in summary:
+        return ""
+    curve, best = summary["adapted"]["curve"], summary["adapted"]["best"]
+    first, last = curve[0], curve[best]
+    return (
+        f"The base model was first trained on {summary['adapted']['texts']:,} of the unlabelled texts by "
+        f"masked-language modelling. On texts held out the loss went from {first['loss']:.2f} to {last['loss']:.2f}, "
+        f"and the share of hidden tokens that it finds from {_percent(first['accuracy'])} to "
+        f"{_percent(last['accuracy'])}, in {last['step']:,} steps."
+    )
+
+
+def _curve(points: Sequence[Mapping[str, float]]) -> str:
+    """The held-out loss over the steps, as a drawing that needs nothing from outside."""
+    width, height = 480.0, 120.0
+    most = max(point["step"] for point in points) or 1
+    low, high = min(point["loss"] for point in points), max(point["loss"] for point in points)
+    scale = height / ((high - low) or 1)
+    at = " ".join(f"{width * p['step'] / most:.1f},{height - (p['loss'] - low) * scale:.1f}" for p in points)
+    return (
+        f'<svg viewBox="-4 -4 {width + 8:.0f} {height + 8:.0f}" width="{width:.0f}" role="img" '
+        f'aria-label="held-out loss from {high:.2f} to {low:.2f}">'
+        f'<polyline points="{at}" fill="none" stroke="currentColor" stroke-width="2"/></svg>'
+    )
+
+
 def _markdown(head: Cells, rows: Iterable[Cells]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -61,7 +90,7 @@ def _markdown(head: Cells, rows: Iterable[Cells]) -> str:
 
 def dataset_card(spec: Mapping[str, Any], summary: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """The card of a release, with the YAML head that `datasets` and the hub read."""
-    files = "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in summary["rows"])
+    files = "".join(map(_data_files, summary["rows"]))
     total = sum(summary["rows"].values())
     size = next(
         name
@@ -87,7 +116,7 @@ def dataset_card(spec: Mapping[str, Any], summary: Mapping[str, Any], metrics: M
         + "\n\n*best annotator* is picked by cross-validation; *oracle annotator* is the best on the test file itself, "
         "which nobody knows beforehand."
     )
-    generations = f"{_generations(spec)}\n\n" if _generations(spec) else ""
+    notes = "".join(f"{note}\n\n" for note in (_adapted(summary), _generations(spec)) if note)
     left_out = "".join(f"\n{line}\n" for line in _diverged(summary))
     return f"""---
 pretty_name: {json.dumps(spec["name"])}
@@ -101,8 +130,7 @@ size_categories:
 configs:
 - config_name: default
   data_files:
-{files}
----
+{files}---
 # {spec["name"]}
 
 Labels by Clozeline: {len(spec["members"])} cloze annotators ({spec["task"]["base_model"]["name"]}), blended into soft
@@ -120,7 +148,7 @@ labels, distilled into one classifier that labelled every row.
 
 {_markdown(["name", "pattern", "weight"], annotators)}
 {left_out}
-{generations}## Accuracy
+{notes}## Accuracy
 
 {test}
 
@@ -133,6 +161,18 @@ from datasets import load_dataset
 dataset = load_dataset("path/to/this/directory")
 ```
 """
+
+
+def _data_files(split: str) -> str:
+    """A split's entry in the card's head."""
+    return f"  - split: {split}\n    path: data/{split}-*.parquet\n"
+
+
+def card_without(card: str, splits: Iterable[str]) -> str:
+    """A release's card with a head that names some splits no more: `datasets` refuses to load what has no rows."""
+    for split in splits:
+        card = card.replace(_data_files(split), "", 1)
+    return card
 
 
 _SPLITS = {
@@ -186,6 +226,8 @@ def html_report(spec: Mapping[str, Any], summary: Mapping[str, Any], metrics: Ma
         _html_table(["name", "pattern", "weight", "cross-validated", "test"], annotators),
         *(f"<p>{html.escape(line)}</p>" for line in _diverged(summary)),
     ]
+    if "adapted" in summary:
+        parts += [f'<p class="note">{_adapted(summary)}</p>', _curve(summary["adapted"]["curve"])]
     if _generations(spec):
         parts.append(f'<p class="note">{_generations(spec)}</p>')
     if metrics["test"]:

@@ -33,7 +33,8 @@ class Settings(BaseSettings):
     )
     cache: Path | None = Field(
         None,
-        description="where this machine keeps copies of what lies behind a URL; by default HOME/.clozeline/cache",
+        description="where this machine keeps copies of what lies behind a URL, and checkpoints; by default "
+        "HOME/.clozeline/cache",
     )
     engine: EngineName = Field("local", description="where stages that run a model are executed")
     device: str | None = Field(

@@ -7,7 +7,6 @@ Any stage can be run by hand, from the request that `pipeline.plan.Call.request`
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import shutil
@@ -28,24 +27,26 @@ from pipeline import tables
 from pipeline.annotators import Labelled, method
 from pipeline.base_model import EMBEDDED, BaseModel, resolve_base_model
 from pipeline.batching import batch_share
-from pipeline.cross_validation import stratified_folds
 from pipeline.device import device_name, numeric_profile
-from pipeline.ensemble import blend, disagreement, majority, margin, soft_labels
+from pipeline.ensemble import Doubles, blend, disagreement, majority, margin, soft_labels
 from pipeline.errors import InputError, StoreDamaged
+from pipeline.fitting import fit_annotator
 from pipeline.ipet import Selection, select_rows
 from pipeline.locations import is_url
-from pipeline.metrics import classification_metrics
+from pipeline.metrics import METHODS, classification_metrics
 from pipeline.prepare import excluded_rows, prepare_rows
 from pipeline.ragged import Numbers, offsets_of
 from pipeline.repeats import Hashes, find_repeats, gather, hashes_of_hex, on_disk
 from pipeline.routing import CANDIDATES_PER_ROW, lowest
 from pipeline.settings import Settings
-from pipeline.store import Artifact, Reference, Store, open_store, sha256_of
+from pipeline.store import CHECKPOINTS, Artifact, Reference, Store, key_of, open_store, sha256_of
 from pipeline.tables import ColumnRoles, Floats, Rows, from_lists, texts_of, to_lists
+from pipeline.template import Template
 from pipeline.training import Diverged, seed_of
 from pipeline.transfer import fetch_file, fetch_tree
 
 Progress = Callable[[int, int], None]
+_CHECKPOINT_SECONDS = 7 * 86_400.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Job:
         key: its content key; seeds derive from its spec.
         out: an empty directory for its files.
         progress: called with work done and work in all.
+        checkpoints: a directory of this machine, to be made, which outlives a kill and goes once the artifact is there.
+        discard: takes an input by its name out of the store, so that whoever planned the stage has it built again.
     """
 
     spec: Mapping[str, Any]
@@ -67,20 +70,30 @@ class Job:
     key: str
     out: Path
     progress: Progress
+    checkpoints: Path
+    discard: Callable[[str], None]
 
     def all(self, prefix: str) -> list[Artifact]:
         """The inputs whose names begin with ``prefix:``, in order."""
         return [self.inputs[name] for name in sorted(self.inputs) if name.startswith(prefix + ":")]
 
-    def base(self) -> BaseModel:
-        """The base model, found anew on this machine: only a directory or a URL lies where the plan saw it.
+    def base(self, headless: bool = False) -> BaseModel:
+        """What a model starts from: the adapted base model, or the base model itself.
+
+        The latter is found anew on this machine: only a directory or a URL lies where the plan saw it.
+
+        Args:
+            headless: whether an encoder without a masked-LM head will do.
 
         Raises:
             InputError: it is not there, or is another one.
         """
+        if "adapt" in self.inputs:
+            return resolve_base_model(str(self.inputs["adapt"].path / "model"))
         name = self.where["base_name"]
         of_hub = "@" in name and not Path(name).is_absolute()
-        found = resolve_base_model(name if name == EMBEDDED or of_hub else str(self.where["base"]))
+        given = name if name == EMBEDDED or of_hub else str(self.where["base"])
+        found = resolve_base_model(given, headless=headless)
         if self.spec.get("base", found.weights) != found.weights:
             raise InputError(
                 "the base model on this machine is not the one that the run was planned with",
@@ -203,7 +216,7 @@ def sample(job: Job) -> dict[str, Any]:
                 chosen = np.sort(np.concatenate([chosen, fresh]))[: job.spec["rows"]]
     if not len(chosen):
         raise InputError("there is no unlabelled row left once labelled and test rows are set aside", where="inputs")
-    names = [name for name in shards[0].schema.names if name == "content_hash" or name.startswith(tables.TEXT)]
+    names = _hash_and_texts(shards[0])
     picked, found = list[pa.RecordBatch](), np.zeros(len(chosen), dtype=np.bool_)
     for rows in shards:
         for batch in rows.batches(names):
@@ -216,6 +229,11 @@ def sample(job: Job) -> dict[str, Any]:
     table = pa.Table.from_batches(picked).sort_by("content_hash")
     tables.write_table(job.out / "rows.parquet", table)
     return {"rows": table.num_rows, "pool_rows": int(sum(rows.count for rows in shards))}
+
+
+def _hash_and_texts(rows: Rows) -> list[str]:
+    """The names of the columns that models read, and of the one that stands for them."""
+    return [name for name in rows.schema.names if name == "content_hash" or name.startswith(tables.TEXT)]
 
 
 def _refuse_forgotten(hashes: Hashes, forgotten: Hashes, name: str) -> None:
@@ -235,6 +253,47 @@ def _refuse_forgotten(hashes: Hashes, forgotten: Hashes, name: str) -> None:
         )
 
 
+def adapt(job: Job) -> dict[str, Any]:
+    """Train the base model on the transfer set's texts by masked-language modelling; leaves ``model/``.
+
+    What a killed run had done lies in its checkpoints until the artifact is in the store.
+
+    Raises:
+        InputError: there is too little text, or training diverged.
+    """
+    from pipeline.adapt import Adapting
+
+    template, texts = Template.parse(job.spec["template"]), texts_of(Rows(job.inputs["sample"].path).read())
+    rows = [template.render(dict(zip(texts, row, strict=True))) for row in zip(*texts.values(), strict=True)]
+    _sweep_checkpoints(job.checkpoints.parent)
+    adapting = Adapting(job.spec, rows, job.base(headless=True), job.spec["profile"], seed_of("adapt"))
+    try:
+        adapting.run(job.checkpoints, job.progress)
+    except Diverged as error:
+        raise InputError(
+            f"the base model's training diverged: {error}",
+            where="adapt",
+            fix=f"lower adapt.learning_rate (it is {job.spec['learning_rate']:g})",
+        ) from error
+    (job.out / "model").mkdir()
+    adapting.save(job.out / "model")
+    curve = adapting.curve
+    return {"curve": curve.points, "best": curve.best, "texts": len(rows), "pieces": len(adapting.train)}
+
+
+def checkpoints_of(store: Store, key: str) -> Path:
+    """Where this machine keeps the checkpoints of a stage that is not done."""
+    return Settings().cache_path / CHECKPOINTS / key_of({"store": store.location, "key": key})
+
+
+def _sweep_checkpoints(root: Path) -> None:
+    """Remove those of stages that nobody went on with for a week: another setting, or another machine, built them."""
+    for place in root.glob("*"):
+        newest = max((path.stat().st_mtime for path in place.glob("*")), default=0.0)
+        if time.time() - newest > _CHECKPOINT_SECONDS:
+            shutil.rmtree(place, ignore_errors=True)
+
+
 def fit(job: Job) -> dict[str, Any]:
     """Train one annotator on the labelled and the drawn rows, and cross-validate it.
 
@@ -247,7 +306,6 @@ def fit(job: Job) -> dict[str, Any]:
     try:
         return _fitted(job)
     except Diverged as error:
-        (job.out / "cv.parquet").unlink(missing_ok=True)
         return {"cv_accuracy": None, "cv_folds": 0, "labelled_rows": len(job.labelled()), "diverged": str(error)}
 
 
@@ -255,51 +313,45 @@ def _fitted(job: Job) -> dict[str, Any]:
     spec, drawn = job.spec, job.labelled("drawn")
     labelled = job.labelled().joined(drawn)
     transfer = texts_of(Rows(job.inputs["sample"].path).read())
-    train = method(spec["method"]).train
-    base, profile = job.base(), spec["profile"]
     seed = seed_of("fit", spec["pattern"], spec["seed"])
-    # All annotators share the folds, so that their out-of-fold scores can be blended too.
-    folds = stratified_folds(labelled.labels, spec["folds"], seed_of("folds"))
-    rounds = 1 + (0 if folds is None or spec["steps"] == 0 else int(folds.max()) + 1)
-    steps = max(spec["steps"], 1) if len(labelled) else 1
-
-    def part(number: int) -> Progress:
-        return lambda done, total: job.progress(number * steps + done * steps // max(total, 1), rounds * steps)
-
-    meta: dict[str, Any] = {"cv_accuracy": None, "cv_folds": 0, "labelled_rows": len(labelled) - len(drawn)}
+    base = job.base()
+    fitted = fit_annotator(spec, labelled, transfer, base, spec["profile"], seed, job.progress)
+    meta: dict[str, Any] = {
+        "base": base.weights,
+        "cv_accuracy": fitted.accuracy,
+        "cv_folds": fitted.folds,
+        "labelled_rows": len(labelled) - len(drawn),
+    }
     if "drawn" in job.inputs:
         meta["drawn_rows"] = len(drawn)
-    if rounds > 1:
-        assert folds is not None
-        scores = np.zeros((len(labelled), len(spec["labels"])), dtype=np.float32)
-        for number in range(rounds - 1):
-            held = np.flatnonzero(folds == number)
-            rest = labelled.take(np.flatnonzero(folds != number))
-            one = train(spec, rest, transfer, base, profile, seed_of(seed, "fold", number), part(number))
-            scores[held] = one.log_probabilities(labelled.take(held).texts)
-            del one
-            gc.collect()  # models hold reference cycles: without this each fold's stays until a full round
-        _write_scores(job.out / "cv.parquet", scores)
-        meta["cv_accuracy"] = round(float((scores.argmax(axis=1) == labelled.labels).mean()), 6)
-        meta["cv_folds"] = rounds - 1
-    annotator = train(spec, labelled, transfer, base, profile, seed, part(rounds - 1))
-    job.progress(rounds * steps, rounds * steps)
+    if fitted.held_out is not None:
+        _write_scores(job.out / "cv.parquet", fitted.held_out)
     (job.out / "annotator").mkdir()
-    annotator.save(job.out / "annotator")
+    fitted.annotator.save(job.out / "annotator")
     return meta
 
 
 def annotate(job: Job) -> dict[str, Any]:
     """Score rows with one annotator; leaves ``scores.parquet``, float32 log-probabilities ``[rows, labels]``.
 
-    An annotator that diverged has no scores: nothing but its ``diverged`` is left.
+    An annotator that diverged, in training or in what it says of these rows, has no scores: nothing but its
+    ``diverged`` is left.
     """
     fitted = job.inputs["fit"]
     if "diverged" in fitted.meta:
         return {"rows": 0, "diverged": fitted.meta["diverged"]}
-    loaded = method(fitted.manifest["spec"]["method"]).load(fitted.path / "annotator", job.base(), job.spec["profile"])
+    base = job.base()
+    if fitted.meta["base"] != base.weights:
+        job.discard("fit")
+        raise StoreDamaged(
+            "the adapted base model was built anew and is another one: what was fitted to the one before was discarded"
+        )
+    loaded = method(fitted.manifest["spec"]["method"]).load(fitted.path / "annotator", base, job.spec["profile"])
     rows = Rows(job.inputs["rows"].path).read()
     scores = loaded.log_probabilities(texts_of(rows), job.progress) if rows.num_rows else _no_scores(fitted)
+    strange = int((~np.isfinite(scores)).sum())
+    if strange:
+        return {"rows": 0, "diverged": f"{strange} of its scores of {len(scores)} rows are no numbers"}
     _write_scores(job.out / "scores.parquet", scores)
     return {"rows": len(scores)}
 
@@ -346,7 +398,7 @@ def blend_annotators(job: Job) -> dict[str, Any]:
     """Weigh the annotators and blend their scores of the transfer set.
 
     Leaves ``soft.parquet``: probs float32 ``[rows, labels]`` at T = 1 and disagreement float32 ``[rows]``. Who
-    diverged has the weight 0.
+    diverged has the weight 0, and ``diverged`` says why.
 
     Raises:
         InputError: so many annotators diverged that no ensemble is left.
@@ -363,7 +415,9 @@ def blend_annotators(job: Job) -> dict[str, Any]:
     tables.write_table(job.out / "soft.parquet", table)
     shares = soft.mean(axis=0)
     weight_of = dict(zip(sound, weights, strict=True))
+    why = _why_diverged(fits, scored)
     return {
+        **({"diverged": why} if any(why) else {}),
         "weights": [round(float(weight_of.get(i, 0)), 6) for i in range(len(fits))],
         "cv_accuracy": accuracies,
         "soft_shares": dict(zip(job.spec["labels"], [round(float(share), 6) for share in shares], strict=True)),
@@ -372,9 +426,14 @@ def blend_annotators(job: Job) -> dict[str, Any]:
 
 
 def _sound(fits: list[Artifact], scored: list[Artifact]) -> list[int]:
-    """The numbers of the annotators that did not diverge, in iPET's first generation or the one that scored."""
-    both = enumerate(zip(fits, scored, strict=True))
-    return [i for i, pair in both if not any("diverged" in artifact.meta for artifact in pair)]
+    """The numbers of the annotators that did not diverge."""
+    return [i for i, why in enumerate(_why_diverged(fits, scored)) if why is None]
+
+
+def _why_diverged(fits: list[Artifact], scored: list[Artifact]) -> list[str | None]:
+    """Why each annotator diverged, in iPET's first generation or the one that scored; None where it did not."""
+    both = zip(fits, scored, strict=True)
+    return [fit.meta.get("diverged") or score.meta.get("diverged") for fit, score in both]
 
 
 def _of(artifacts: list[Artifact], numbers: list[int]) -> list[Artifact]:
@@ -384,9 +443,7 @@ def _of(artifacts: list[Artifact], numbers: list[int]) -> list[Artifact]:
 def _too_few(names: list[str], fits: list[Artifact], scored: list[Artifact], rate: float) -> InputError:
     """What to say when fewer than two annotators, or not the only one, are left; ``rate`` is the learning rate."""
     told = "; ".join(
-        f"{name}: {why}"
-        for name, fit, score in zip(names, fits, scored, strict=True)
-        if (why := fit.meta.get("diverged") or score.meta.get("diverged"))
+        f"{name}: {why}" for name, why in zip(names, _why_diverged(fits, scored), strict=True) if why is not None
     )
     # Nought where there was nothing to train on.
     lower = f"lower training.learning_rate (it is {rate:g}), or " if rate else ""
@@ -507,8 +564,7 @@ def _candidates(shards: list[Rows], best: Numbers, margins: Floats) -> pa.Table:
 
 def _take(rows: Rows, at: Numbers, shard: int, margins: Floats) -> pa.Table:
     """Some rows of a shard with their place and margin."""
-    names = [name for name in rows.schema.names if name == "content_hash" or name.startswith(tables.TEXT)]
-    table = rows.take(at, names)
+    table = rows.take(at, _hash_and_texts(rows))
     table = table.append_column("shard", pa.array(np.full(len(at), shard), pa.int64()))
     table = table.append_column("row", pa.array(at, pa.int64()))
     return table.append_column("margin", pa.array(margins, pa.float32()))
@@ -520,8 +576,7 @@ def evaluate(job: Job) -> dict[str, Any]:
     blended = job.inputs["blend"].meta
     sound = [i for i, weight in enumerate(blended["weights"]) if weight > 0]
     names = [job.spec["members"][i] for i in sound]
-    weights = np.array(blended["weights"])[sound] / sum(blended["weights"])
-    uniform = np.full(len(names), 1 / len(names))
+    weights = np.array(blended["weights"])
     accuracies = {name: blended["cv_accuracy"][i] for name, i in zip(names, sound, strict=True)}
     known = {name: accuracy for name, accuracy in accuracies.items() if accuracy is not None}
     chosen = max(known, key=lambda name: known[name]) if known else None
@@ -531,38 +586,63 @@ def evaluate(job: Job) -> dict[str, Any]:
         held_out = [_scores(artifact, "cv.parquet") for artifact in _of(fits, sound)]
         metrics["cross_validation"] = {
             name: classification_metrics(part.argmax(axis=1), labelled.labels, labels)
-            for name, part in [*zip(names, held_out, strict=True), ("weighted", blend(held_out, weights))]
+            for name, part in [*zip(names, held_out, strict=True), ("weighted", _weighted(held_out, weights[sound]))]
         }
     if "test" in job.inputs:
-        rows = Rows(job.inputs["test"].path).read()
-        keep = np.ones(rows.num_rows, dtype=np.bool_)
-        if "labelled" in job.inputs:
-            known_texts = set(Rows(job.inputs["labelled"].path).read(["content_hash"]).column(0).to_pylist())
-            keep = np.array([h not in known_texts for h in rows.column("content_hash").to_pylist()], dtype=np.bool_)
-        truth = rows.column("label").to_numpy()[keep]
-        scores = [_scores(artifact)[keep] for artifact in _of(job.all("annotate"), sound)]
-        each = {name: part.argmax(axis=1) for name, part in zip(names, scores, strict=True)}
-        oracle = max(each, key=lambda name: int((each[name] == truth).sum()))
-        methods = {
-            "best annotator": each[chosen] if chosen else None,
-            "majority": majority(scores),
-            "uniform": blend(scores, uniform).argmax(axis=1),
-            "weighted": blend(scores, weights).argmax(axis=1),
-            "student": _scores(job.inputs["student"])[keep].argmax(axis=1),
-            "oracle annotator": each[oracle],
-        }
-        metrics["test"] = {
-            "rows": len(truth),
-            "dropped_as_labelled": int((~keep).sum()),
-            "oracle_annotator": oracle,
-            "annotators": {name: classification_metrics(part, truth, labels) for name, part in each.items()},
-            "methods": {
-                name: None if part is None else classification_metrics(part, truth, labels)
-                for name, part in methods.items()
-            },
-        }
+        metrics["test"] = _on_test_file(job, sound, weights, chosen)
     (job.out / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True), encoding="utf-8")
     return {"best_annotator": chosen}
+
+
+def _weighted(scores: list[Floats], weights: Doubles) -> Floats:
+    """The blend of some of the annotators, whose weights need not sum to one."""
+    return blend(scores, weights / weights.sum())
+
+
+def _on_test_file(job: Job, sound: list[int], weights: Doubles, chosen: str | None) -> dict[str, Any]:
+    """The test part of the metrics.
+
+    Args:
+        job: the job of `evaluate`.
+        sound: the numbers of the annotators that were blended; one whose scores of these rows are no numbers is left
+            out, and named in ``diverged``.
+        weights: of all annotators.
+        chosen: the best annotator by cross-validation, if any.
+    """
+    members, labels = job.spec["members"], job.spec["labels"]
+    rows = Rows(job.inputs["test"].path).read()
+    keep = np.ones(rows.num_rows, dtype=np.bool_)
+    if "labelled" in job.inputs:
+        known_texts = set(Rows(job.inputs["labelled"].path).read(["content_hash"]).column(0).to_pylist())
+        keep = np.array([h not in known_texts for h in rows.column("content_hash").to_pylist()], dtype=np.bool_)
+    truth = rows.column("label").to_numpy()[keep]
+    scored = job.all("annotate")
+    why = {members[i]: scored[i].meta["diverged"] for i in sound if "diverged" in scored[i].meta}
+    here = [i for i in sound if members[i] not in why]
+    scores = [_scores(artifact)[keep] for artifact in _of(scored, here)]
+    each = {members[i]: part.argmax(axis=1) for i, part in zip(here, scores, strict=True)}
+    oracle = max(each, key=lambda name: int((each[name] == truth).sum())) if each else None
+    methods: dict[str, Any] = dict.fromkeys(METHODS)
+    methods["student"] = _scores(job.inputs["student"])[keep].argmax(axis=1)
+    if oracle is not None:
+        methods |= {
+            "best annotator": each.get(chosen) if chosen else None,
+            "majority": majority(scores),
+            "uniform": _weighted(scores, np.ones(len(scores))).argmax(axis=1),
+            "weighted": _weighted(scores, weights[here]).argmax(axis=1),
+            "oracle annotator": each[oracle],
+        }
+    return {
+        "rows": len(truth),
+        "dropped_as_labelled": int((~keep).sum()),
+        "oracle_annotator": oracle,
+        "annotators": {name: classification_metrics(part, truth, labels) for name, part in each.items()},
+        "methods": {
+            name: None if part is None else classification_metrics(part, truth, labels)
+            for name, part in methods.items()
+        },
+        **({"diverged": why} if why else {}),
+    }
 
 
 def release(job: Job) -> dict[str, Any]:
@@ -577,6 +657,7 @@ STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {
     "ingest": ingest,
     "prepare": prepare,
     "sample": sample,
+    "adapt": adapt,
     "fit": fit,
     "annotate": annotate,
     "select": select,
@@ -609,6 +690,7 @@ def run_stage(
         StoreDamaged: an input is missing from the store, or did not match its manifest and was discarded.
     """
     store = open_store(request["store"])
+    checkpoints = checkpoints_of(store, request["key"])
     mine = (request["stage"], request["key"])
     references = {name: (stage, key) for name, (stage, key) in request["inputs"].items()}
     built, record = False, dict[str, Any]()
@@ -626,7 +708,16 @@ def run_stage(
         built = True
         fetched = {reference: _fetched(store, reference, request["title"]) for reference in set(references.values())}
         inputs = {name: fetched[reference] for name, reference in references.items()}
-        job = Job(request["spec"], inputs, _located(request["where"]), request["key"], out, progress)
+        job = Job(
+            request["spec"],
+            inputs,
+            _located(request["where"]),
+            request["key"],
+            out,
+            progress,
+            checkpoints,
+            lambda name: store.discard(*references[name]),
+        )
         with building():
             started = time.time()
             meta = STAGES[request["stage"]](job)
@@ -644,7 +735,9 @@ def run_stage(
         "inputs": {name: list(reference) for name, reference in references.items()},
     }
     with store.using([mine, *references.values()], {"stage": request["title"]}):
-        return store.get_or_build(*mine, build, header, record), built
+        artifact = store.get_or_build(*mine, build, header, record)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return artifact, built
 
 
 def _fetched(store: Store, reference: Reference, title: str) -> Artifact:

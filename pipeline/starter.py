@@ -130,6 +130,8 @@ annotators:                      # one model is fine-tuned a pattern; two to fiv
 #   learning_rate: 1.0e-4
 #   max_length: 128
 #   folds: 2                     # cross-validation; each fold costs one more fit
+# adapt:
+#   steps: 0                     # masked-language modelling on the unlabelled texts first; say, 1000
 # ensemble:
 #   weights: weighted            # or uniform
 # ipet:

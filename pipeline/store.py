@@ -29,11 +29,12 @@ from typing import Any
 
 from pipeline.errors import StoreDamaged, room, writing
 from pipeline.leases import holder, locked
-from pipeline.locations import local_path
+from pipeline.locations import local_path, write_atomically
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
 USES, RELEASED, LOCKS, TEMPORARY = "uses", "released", "locks", "tmp"
+CHECKPOINTS = "checkpoints"  # in the cache, since they are this machine's
 Json = Any
 Reference = tuple[str, str]
 Build = Callable[[Path], Mapping[str, Json]]
@@ -53,20 +54,6 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def sync_tree(root: Path) -> None:

@@ -20,10 +20,10 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.annotators import Labelled, Progress, Texts
 from pipeline.base_model import BaseModel
-from pipeline.batching import by_length, pad, split_by_length
+from pipeline.batching import by_length, pad, split_by_length, token_budget
 from pipeline.cloze import load_tokenizer
 from pipeline.errors import InputError
-from pipeline.precision import attention_for, exact_outputs, scoring
+from pipeline.precision import attention_for, exact_outputs, scoring, training_numbers
 from pipeline.ragged import Ragged
 from pipeline.store import canonical_json
 from pipeline.tables import Floats
@@ -85,10 +85,6 @@ class Student:
         self.tokenizer.save_pretrained(path)
         (path / SETTINGS).write_text(canonical_json(self.settings), encoding="utf-8")
 
-    def autocast(self) -> Any:
-        """The numbers that the profile asks for; master weights stay fp32."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
     def encode(self, texts: Texts) -> Ragged:
         """Rows as the student reads them."""
         return self.encoder.encode(self.template, texts).tokens
@@ -106,7 +102,7 @@ class Student:
         result = np.zeros((len(distinct), len(self.labels)), dtype=np.float32)
         done = 0
         with scoring(self.model, self.model.base_model, self.dtype):
-            for batch in by_length(tokens.lengths[distinct]):
+            for batch in by_length(tokens.lengths[distinct], token_budget(self.device)):
                 logits = self.logits(tokens, distinct[batch])
                 result[batch] = logits.log_softmax(-1).cpu().numpy()
                 done += len(batch)
@@ -168,7 +164,7 @@ def distill(
     def losses_of_step(step: int) -> Iterator[torch.Tensor]:
         chosen = [(tokens, target, t, next(order)) for tokens, target, t, order in parts]
         total = sum(len(numbers) for *_, numbers in chosen)
-        with student.autocast():
+        with training_numbers(student.device, student.dtype):
             for tokens, target, t, numbers in chosen:
                 for part in split_by_length(tokens.lengths[numbers]):
                     some = numbers[part]
@@ -183,7 +179,7 @@ def distill(
         learning_rate=spec["learning_rate"],
         seed=seed,
         head=lambda name: not name.startswith(student.model.base_model_prefix),
-        head_learning_rate=_HEAD_FASTER * spec["learning_rate"],
+        head_faster=_HEAD_FASTER,
         progress=progress,
     )
     return student

@@ -31,6 +31,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline import base_model as base_models
 from pipeline import locations, transfer
 from pipeline.errors import InputError
 from pipeline.settings import Settings
@@ -119,8 +120,29 @@ class Training(Section):
     folds: int | None = Field(None, ge=0, le=20, description="cross-validation folds; each costs one more fit")
     dropout: float | None = Field(None, ge=0, lt=1, description="by default the preset's")
     freeze_embeddings: bool | None = Field(None, description="leave the word embeddings as they are")
+    learned: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="where between the base model's weights (0) and the trained ones (1) an annotator stands; "
+        "auto: rows / (rows + 30)",
+    )
     truncation: Literal["head", "tail"] = "head"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class Adapt(Section):
+    """Masked-language modelling on the transfer set, before any annotator is fitted (`pipeline.adapt`)."""
+
+    steps: int = Field(0, ge=0, le=10_000_000, description="optimizer steps; 0 leaves the base model as it is")
+    minutes: float | None = Field(
+        None, gt=0, description="end earlier, after so long; the result then depends on the machine's speed"
+    )
+    batch_tokens: int = Field(4096, ge=64, le=10_000_000, description="tokens of a step")
+    learning_rate: float = Field(2e-4, gt=0, le=0.1)
+    mask_share: float = Field(0.15, gt=0, lt=1, description="the part of the tokens (or words) that is hidden")
+    whole_words: bool = Field(False, description="hide all tokens of a word, or none")
+    keep: float = Field(
+        0.0, ge=0, le=1000, description="weight of staying near the base model's mean-pooled vectors (1 - cosine)"
+    )
 
 
 class Ensemble(Section):
@@ -201,6 +223,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "max_length": 256,
             "folds": 4,
             "freeze_embeddings": False,
+            "learned": 1.0,
         },
         "student": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-5, "freeze_embeddings": False},
     },
@@ -216,6 +239,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "folds": 2,
             "dropout": 0.0,
             "freeze_embeddings": True,
+            "learned": "auto",
         },
         "student": {
             "steps": 150,
@@ -241,6 +265,7 @@ class Task(Section):
     base_model: str = Field(
         "embedded", description="'embedded', a directory, or a hub name with a revision: NAME@REVISION"
     )
+    adapt: Adapt = Adapt()
     training: Training = Training()
     ensemble: Ensemble = Ensemble()
     ipet: Ipet = Ipet()
@@ -301,6 +326,14 @@ class Task(Section):
         """The verbalizer's words in the labels' order."""
         words = annotator.words or self.labels
         return {label: list(words[label]) for label in self.labels}
+
+    def base(self) -> base_models.BaseModel:
+        """The base model that the file names.
+
+        Raises:
+            InputError: it is not there, or can't be used.
+        """
+        return base_models.resolve_base_model(self.base_model, self.root, headless=self.adapt.steps > 0)
 
     @property
     def preset(self) -> str:

@@ -11,6 +11,7 @@ column leaves over goes to the longer ones.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -200,6 +201,13 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def take(self, rows: npt.NDArray[np.integer]) -> Encoded:
+        """Some of the rows."""
+        lengths = self.tokens.lengths[rows]
+        places = spread(self.tokens.offsets[rows], lengths)
+        tokens = Ragged(self.tokens.values[places], offsets_of(lengths))
+        return Encoded(tokens, self.mask_at[rows], self.own[places], self.shortened[rows])
+
 
 class Encoder:
     """Turns rows into token ids with one tokenizer.
@@ -248,6 +256,28 @@ class Encoder:
             else:
                 parts.append(Ragged.of([row[-limit:] for row in rows]))
         return TokenColumn(Ragged.joined(parts), full)
+
+    def encode_whole(self, texts: Iterable[str]) -> Encoded:
+        """Encode plain texts without losing a token: long ones are cut into pieces of equal length, a row each."""
+        room = self.max_length - self.specials
+        texts, parts = list(texts), []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            rows: list[list[int]] = []
+            for encoding in self._backend.encode_batch_fast(
+                texts[start : start + _TEXTS_AT_ONCE], add_special_tokens=False
+            ):
+                ids = encoding.ids
+                pieces = -(-len(ids) // room)
+                cuts = [len(ids) * piece // max(pieces, 1) for piece in range(pieces + 1)]
+                rows += [[*self._prefix, *ids[a:b], *self._suffix] for a, b in itertools.pairwise(cuts)]
+            parts.append(Ragged.of(rows))
+        tokens = Ragged.joined(parts)
+        own = np.ones(len(tokens.values), dtype=np.bool_)
+        for offset in range(len(self._prefix)):
+            own[tokens.offsets[:-1] + offset] = False
+        for offset in range(len(self._suffix)):
+            own[tokens.offsets[1:] - 1 - offset] = False
+        return Encoded(tokens, np.zeros((len(tokens), 0), np.int64), own, np.zeros(len(tokens), np.bool_))
 
     def _layout(self, template: Template) -> list[TokenIds | Slot | Mask]:
         """The template with its literal parts as token ids."""

@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.errors import ClozelineError
 
 Progress = Callable[[int, int], None]
-_CLIP, _WEIGHT_DECAY = 1.0, 0.01  # paper, table 5
+CLIP, _WEIGHT_DECAY = 1.0, 0.01  # paper, table 5
 
 
 class Diverged(ClozelineError):
@@ -59,6 +59,27 @@ def prepare_for_few_steps(model: Any, *, dropout: float | None, freeze_embedding
         model.get_input_embeddings().weight.requires_grad_(False)
 
 
+def optimizer_for(
+    model: nn.Module, learning_rate: float, head: Callable[[str], bool], head_faster: float
+) -> torch.optim.AdamW:
+    """AdamW over the parameters with ``requires_grad``; see `train` for the arguments."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((head(name), parameter.ndim > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr": learning_rate * head_faster if new else learning_rate,
+                "weight_decay": _WEIGHT_DECAY if decays else 0.0,  # biases and layer norms do not decay
+            }
+            for (new, decays), parameters in groups.items()
+        ],
+        fused=True,  # 10 ms a step instead of 46 for 23 M parameters (docs/benchmarks.md)
+    )
+
+
 def train(
     model: nn.Module,
     losses_of_step: Callable[[int], Iterable[torch.Tensor]],
@@ -67,7 +88,7 @@ def train(
     learning_rate: float,
     seed: int,
     head: Callable[[str], bool] = lambda name: False,
-    head_learning_rate: float | None = None,
+    head_faster: float = 1.0,
     progress: Progress | None = None,
 ) -> list[float]:
     """Train a model in place.
@@ -79,8 +100,8 @@ def train(
         steps: optimizer steps; the learning rate falls linearly to zero over them.
         learning_rate: of the pretrained weights.
         seed: for dropout.
-        head: which parameters, by name, are new and learn at ``head_learning_rate``.
-        head_learning_rate: by default the same.
+        head: which parameters, by name, are new and learn ``head_faster`` times as fast.
+        head_faster: see ``head``.
         progress: called with steps done and steps in all.
 
     Returns:
@@ -89,23 +110,9 @@ def train(
     Raises:
         Diverged: a loss, or its gradient, is not finite.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((head(name), parameter.ndim > 1), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "lr": (head_learning_rate or learning_rate) if new else learning_rate,
-                "weight_decay": _WEIGHT_DECAY if decays else 0.0,  # biases and layer norms do not decay
-            }
-            for (new, decays), parameters in groups.items()
-        ],
-        fused=True,  # 10 ms a step instead of 46 for 23 M parameters (docs/benchmarks.md)
-    )
+    optimizer = optimizer_for(model, learning_rate, head, head_faster)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
-    trained = [parameter for parameters in groups.values() for parameter in parameters]
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.manual_seed(seed)
     model.train()
     losses = []
@@ -118,7 +125,7 @@ def train(
                 raise Diverged(f"the loss became {value} at step {step + 1} of {steps}")
             with torch.autocast(loss.device.type, enabled=False):  # the addend may come out of an open autocast
                 loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(trained, _CLIP).item()
+        norm = nn.utils.clip_grad_norm_(trained, CLIP).item()
         if not math.isfinite(norm):  # after the last step no loss would tell
             raise Diverged(f"the gradient became {norm} at step {step + 1} of {steps}")
         optimizer.step()

@@ -19,7 +19,8 @@ from typing import Any
 from pipeline import locations
 from pipeline.errors import InputError, writing
 from pipeline.leases import Lease, lease, locked
-from pipeline.store import MANIFEST, write_atomically
+from pipeline.locations import below, read_file, read_json, remove_file, write_file
+from pipeline.store import MANIFEST
 
 SUCCESS, LATEST, VERSIONS = "_SUCCESS", "LATEST", "versions"
 NAME = re.compile(r"\d{4,}-[0-9a-f]{8}")  # whatever else lies among the versions is somebody else's
@@ -58,47 +59,6 @@ class Version:
     rows: dict[str, int]
     state: str
     reasons: tuple[str, ...]
-
-
-def below(release: str | Path, *parts: str) -> str:
-    """The path or URL of something below a release path."""
-    here = locations.local_path(release)
-    return locations.join(str(release), *parts) if here is None else str(here.joinpath(*parts))
-
-
-def read_file(location: str) -> bytes | None:
-    """The content of a small file at a path or URL, or None where there is none."""
-    if locations.is_url(location):
-        return locations.read(location)
-    try:
-        return Path(location).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def write_file(location: str, text: str) -> None:
-    """Write a small file at a path or URL, or replace it, whole."""
-    if locations.is_url(location):
-        locations.write(location, text.encode())
-        return
-    Path(location).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(location), text)
-
-
-def remove_file(location: str) -> None:
-    """Remove a file at a path or URL; one that is not there is no error."""
-    if locations.is_url(location):
-        locations.remove([location])
-    else:
-        Path(location).unlink(missing_ok=True)
-
-
-def read_json(location: str) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is none, or it can't be read."""
-    try:
-        return dict(json.loads(read_file(location) or b""))
-    except (OSError, ValueError):
-        return None
 
 
 @contextmanager

@@ -60,6 +60,8 @@ _NO_MEMORY = (
     "out of memory",
     "ALLOC_FAILED",  # cuBLAS and cuDNN
 )
+# All that oneDNN says when it gets no memory for its code or scratchpad; under a limit it is that.
+_NO_PRIMITIVE = "could not create a primitive"
 
 
 class StageProcess:
@@ -79,7 +81,7 @@ class StageProcess:
         # two fits side by side on two cores took five times as long as with threads that sleep.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Each batch has a shape of its own, and oneDNN would keep what it made for the last thousand: some 300 MB.
-        environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+        environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         self._stopped = False
@@ -242,7 +244,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError):  # Arrow's and NumPy's are of this kind
         return True
     # torch raises its own OutOfMemoryError for a GPU and a bare RuntimeError for the CPU.
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+    signs = _NO_MEMORY if Settings().stage_memory is None else (*_NO_MEMORY, _NO_PRIMITIVE)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _serve() -> None:

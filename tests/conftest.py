@@ -288,7 +288,9 @@ def release(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def latest_manifest(release: str | Path) -> dict[str, Any] | None:
     """The manifest of the version in force, or None where there is none."""
-    from pipeline.versions import MANIFEST, below, read_json, version_in_force
+    from pipeline.locations import below, read_json
+    from pipeline.store import MANIFEST
+    from pipeline.versions import version_in_force
 
     version = version_in_force(release)
     return None if version is None else read_json(below(version, MANIFEST))

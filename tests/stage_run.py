@@ -8,7 +8,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.base_model import resolve_base_model
 from pipeline.checks import check_task
 from pipeline.plan import Plan, build_plan
 from pipeline.publishing import publish
@@ -28,7 +27,7 @@ class Run:
     def plan(self, *overrides: str) -> Plan:
         task = Task.load(self.path, overrides)
         check_task(task)
-        return build_plan(task, resolve_base_model(task.base_model, task.root), newest_manifest(self.out))
+        return build_plan(task, task.base(), newest_manifest(self.out))
 
     def __call__(self, *overrides: str) -> list[str]:
         """Run and publish; returns the titles of the stages that were executed."""

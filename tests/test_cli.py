@@ -294,7 +294,7 @@ def test_forget_only_tells_what_would_go_unless_told_to(
     files = sorted(two_versions.rglob("*.parquet"))
     assert [pq.read_metadata(file).num_rows for file in files] == [1, 1]
     assert "forgotten: 1 rows" in in_process(monkeypatch, environment, *command, "--yes")
-    assert [pq.read_metadata(file).num_rows for file in files] == [0, 0]
+    assert not list(two_versions.rglob("*.parquet"))  # it was the only row of each
 
 
 @pytest.mark.parametrize("command", ["versions", "promote", "rollback"])

@@ -1,4 +1,4 @@
-"""An annotator whose training diverges is left out, alone; with fewer than two left the run fails and says so."""
+"""An annotator that diverges, in training or in its scores, is left out, alone; with fewer than two left runs fail."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from flows.cli_console import show_summary
+from pipeline.annotators import Progress, Texts
+from pipeline.annotators.pet import PetAnnotator
 from pipeline.errors import InputError
+from pipeline.metrics import METHODS
+from pipeline.stages import run_stage
+from pipeline.store import sha256_of
+from pipeline.tables import Floats
 from tests.machine import Machine
 from tests.stage_run import Run
 
@@ -117,6 +125,153 @@ def test_student_that_diverges_fails_with_its_step_and_the_setting(make: Callabl
     with pytest.raises(InputError, match="the student's training diverged: the loss became nan at step 1 of 2") as told:
         make(SOUND)("student.template={text} 7")
     assert "lower student.learning_rate (it is 0.0001)" in str(told.value)
+
+
+# ---- scores that are no numbers ------------------------------------------------------------------------
+
+THREE = [*SOUND, "{text} All in all it was {mask}."]
+ROWS = {"transfer": 24, "queue": 8, "test": 10}  # so that a set shows in its number of rows
+
+
+@pytest.fixture
+def run(tiny_task: MakeTask) -> Run:
+    """A run with three sound annotators."""
+    return Run(tiny_task(changes={"annotators": THREE, "release": {"review_budget": ROWS["queue"] // 2}}))
+
+
+@pytest.fixture
+def break_scores(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let some patterns' scores of one of the sets hold a NaN and an infinity."""
+    real = PetAnnotator.log_probabilities
+
+    def break_them(of: str, *patterns: str) -> None:
+        def log_probabilities(self: PetAnnotator, texts: Texts, progress: Progress | None = None) -> Floats:
+            scores = real(self, texts, progress)
+            if self.spec["pattern"] in patterns and len(scores) == ROWS[of]:
+                scores[3] = [np.nan, -np.inf]
+            return scores
+
+        monkeypatch.setattr(PetAnnotator, "log_probabilities", log_probabilities)
+
+    return break_them
+
+
+def voters(run: Run) -> set[tuple[str, ...]]:
+    return {tuple(vote["annotator"] for vote in row["votes"]) for row in run.rows("review")}
+
+
+def metrics_of(run: Run) -> Any:
+    return json.loads((run.version / "metrics.json").read_text())
+
+
+def test_annotator_whose_weights_are_no_numbers_leaves_no_scores_and_is_left_out(run: Run) -> None:
+    plan = run.plan()
+    [fit] = [call for call in plan.find("fit") if call.label == "p1"]
+    for call in plan.calls[: plan.calls.index(fit) + 1]:
+        run_stage(call.request(run.store))
+    artifact = run.store.find(fit.stage, fit.key)
+    assert artifact is not None
+    file = artifact.path / "annotator" / "delta.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, file)
+    artifact.manifest["files"]["annotator/delta.safetensors"]["sha256"] = sha256_of(file)
+    (artifact.path / "manifest.json").write_text(json.dumps(artifact.manifest))
+    run()
+    assert run.summary["weights"]["p1"] == 0
+    assert run.summary["diverged"] == {"p1": "48 of its scores of 24 rows are no numbers"}
+    assert voters(run) == {("p0", "p2")}
+    assert set(metrics_of(run)["test"]["annotators"]) == {"p0", "p2"}
+    for call in plan.find("annotate"):
+        scored = run.store.find(call.stage, call.key)
+        assert scored is not None
+        assert (scored.path / "scores.parquet").exists() == (not call.label.startswith("p1 "))
+        assert (scored.meta["rows"] == 0) == call.label.startswith("p1 ")
+
+
+def test_scores_of_the_transfer_set_that_are_no_numbers_leave_an_annotator_out_of_everything(
+    run: Run, break_scores: Callable[..., None]
+) -> None:
+    break_scores("transfer", THREE[0])
+    run()
+    assert run.summary["weights"]["p0"] == 0
+    assert run.summary["diverged"] == {"p0": "2 of its scores of 24 rows are no numbers"}
+    assert voters(run) == {("p1", "p2")}
+    metrics = metrics_of(run)
+    assert set(metrics["test"]["annotators"]) == {"p1", "p2"}
+    assert set(metrics["cross_validation"]) == {"p1", "p2", "weighted"}
+
+
+def test_scores_of_the_test_file_that_are_no_numbers_leave_an_annotator_out_of_the_test_alone(
+    run: Run, tiny_task: MakeTask, break_scores: Callable[..., None]
+) -> None:
+    break_scores("test", THREE[0])
+    run()
+    assert all(weight > 0 for weight in run.summary["weights"].values())
+    assert run.summary["diverged"] == {"p0": "2 of its scores of 10 rows are no numbers, in the test file"}
+    assert voters(run) == {("p0", "p1", "p2")}
+    metrics = metrics_of(run)
+    assert set(metrics["cross_validation"]) == {"p0", "p1", "p2", "weighted"}
+    assert set(metrics["test"]["annotators"]) == {"p1", "p2"}
+    assert metrics["test"]["diverged"] == {"p0": "2 of its scores of 10 rows are no numbers"}
+    without = Run(tiny_task("without", {"annotators": THREE[1:]}))
+    without("ensemble.weights=uniform")
+    for method in ("majority", "uniform"):
+        assert metrics["test"]["methods"][method] == metrics_of(without)["test"]["methods"][method]
+
+
+def test_weights_of_those_left_in_the_test_sum_to_one(run: Run, break_scores: Callable[..., None]) -> None:
+    break_scores("test", *THREE[:2])
+    run()
+    metrics = metrics_of(run)
+    assert set(metrics["test"]["annotators"]) == {"p2"}
+    for method in ("majority", "uniform", "weighted", "oracle annotator"):
+        assert metrics["test"]["methods"][method] == metrics["test"]["annotators"]["p2"]
+
+
+def test_without_any_annotators_scores_of_the_test_file_the_student_is_tested_alone(
+    run: Run, break_scores: Callable[..., None]
+) -> None:
+    break_scores("test", *THREE)
+    run()
+    methods = metrics_of(run)["test"]["methods"]
+    assert [name for name, found in methods.items() if found is not None] == ["student"]
+    assert set(methods) == set(METHODS)
+    assert "| weighted | - | - | - |" in (run.version / "README.md").read_text()
+    show_summary({**run.summary, "warnings": [], "executed": [], "seconds": {}, "new": True, "release": ""})
+
+
+def test_scores_of_the_queue_that_are_no_numbers_cost_an_annotator_its_votes_alone(
+    run: Run, break_scores: Callable[..., None]
+) -> None:
+    break_scores("queue", THREE[2])
+    run()
+    assert all(weight > 0 for weight in run.summary["weights"].values())
+    assert run.summary["diverged"] == {"p2": "2 of its scores of 8 rows are no numbers, in the review queue"}
+    assert voters(run) == {("p0", "p1")}
+    assert set(metrics_of(run)["test"]["annotators"]) == {"p0", "p1", "p2"}
+
+
+def test_queue_without_any_annotators_scores_is_in_order_of_the_students_margin(
+    run: Run, break_scores: Callable[..., None]
+) -> None:
+    break_scores("queue", *THREE)
+    run()
+    rows = run.rows("review")
+    assert [row["margin"] for row in rows] == sorted(row["margin"] for row in rows)
+    assert all(row["votes"] == [] and row["disagreement"] == 0 for row in rows)
+
+
+def test_teacher_whose_scores_are_no_numbers_teaches_nobody(run: Run, break_scores: Callable[..., None]) -> None:
+    break_scores("transfer", *THREE[:2])
+    with pytest.raises(InputError, match=r"fewer than two annotators are left \(p0: 2 of its scores of 24 rows"):
+        run("ipet.generations=1")
+    taught = {}
+    for call in run.plan("ipet.generations=1").find("select"):
+        drawn = run.store.find(call.stage, call.key)
+        assert drawn is not None
+        taught["annotate:002" in call.inputs] = drawn.meta["rows"] > 0
+    assert taught == {True: True, False: False}
 
 
 @pytest.mark.prefect

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -13,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from pipeline import locations
+from pipeline import forgetting, locations, release
 from pipeline.errors import InputError
-from pipeline.forgetting import forget, plan_forgetting
+from pipeline.forgetting import Forgetting, forget, plan_forgetting
+from pipeline.locations import below, read_file, write_file
 from pipeline.plan import Plan, plan_run
 from pipeline.publishing import publish
 from pipeline.settings import Settings
@@ -24,7 +30,7 @@ from pipeline.store import Store, open_store
 from pipeline.tables import opened
 from pipeline.task import Task
 from pipeline.transfer import fetch_tree
-from pipeline.versions import Forgotten, below, list_versions, read_forgotten, write_forgotten
+from pipeline.versions import Forgotten, list_versions, read_forgotten, write_forgotten
 
 
 class World:
@@ -128,32 +134,112 @@ def test_a_forgotten_row_is_gone_from_all_that_is_ours_and_stays_out(world: Worl
 
 
 def _read(version: str, name: str) -> bytes:
-    location = below(version, name)
-    return locations.read(location) or b"" if locations.is_url(location) else Path(location).read_bytes()
+    return read_file(below(version, name)) or b""
 
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def test_rewritten_files_keep_schema_and_row_groups_and_an_empty_one_stays(disk: World) -> None:
-    version = Path(disk.run("release.review_budget=1"))
-    [review], rest = disk.rows("review", str(version)), disk.rows("rest", str(version))
+def test_rewritten_files_keep_schema_and_row_groups(disk: World) -> None:
+    version = Path(disk.run())
+    review, rest = disk.rows("review", str(version)), disk.rows("rest", str(version))
     files = {name: version / "data" / f"{name}-00000-of-00001.parquet" for name in ("review", "rest")}
     before = {name: (pq.read_schema(file), pq.read_metadata(file)) for name, file in files.items()}
-    forget(disk.release, [review["row_id"], rest[3]["row_id"]], disk.store)
+    forget(disk.release, [review[0]["row_id"], rest[3]["row_id"]], disk.store)
     for name, (schema, metadata) in before.items():
         assert pq.read_schema(files[name]).equals(schema, check_metadata=True)
         after = pq.read_metadata(files[name])
+        column = after.row_group(0).column(0)
         assert after.num_rows == metadata.num_rows - 1
-        if after.num_rows:
-            column = after.row_group(0).column(0)
-            assert after.num_row_groups == metadata.num_row_groups
-            assert (column.compression, column.has_column_index) == ("ZSTD", True)
+        assert after.num_row_groups == metadata.num_row_groups
+        assert (column.compression, column.has_column_index) == ("ZSTD", True)
     assert disk.rows("rest", str(version)) == rest[:3] + rest[4:]
     assert not list(version.glob(".forgetting"))
-    # A split without any row can't be asked for: `datasets` says that it corresponds to no data.
-    assert len(load_dataset(str(version), split="rest", cache_dir=str(version.parent / "cache"))) == len(rest) - 1
+
+
+def loaded(version: str, cache: Path) -> dict[str, int]:
+    """The rows of each split, as `datasets` loads a version."""
+    here = locations.local_path(version) or fetch_tree(version, cache / "trees")
+    return {split: len(rows) for split, rows in load_dataset(str(here), cache_dir=str(cache)).items()}
+
+
+def test_a_split_that_loses_its_last_row_goes_and_the_version_loads_without_it(world: World, tmp_path: Path) -> None:
+    version = world.run("release.review_budget=1")
+    [review] = world.rows("review", version)
+    forget(world.release, [review["row_id"]], world.store)
+    assert loaded(version, tmp_path / "loaded") == {"rest": 23, "train": 8}
+    manifest = json.loads(_read(version, "manifest.json"))
+    assert manifest["rows"] == {"rest": 23, "train": 8}
+    assert "data/review-00000-of-00001.parquet" not in manifest["files"]
+    assert manifest["files"]["README.md"]["sha256"] == _sha256(_read(version, "README.md"))
+    assert read_file(below(version, "data", "review-00000-of-00001.parquet")) is None
+    assert world.where(world.text_of(review["row_id"])) == set()
+
+
+def test_a_file_that_becomes_empty_beside_others_of_its_split_stays(
+    disk: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(release, "ROWS_PER_FILE", 7)
+    version = Path(disk.run())
+    first, *others = sorted(version.glob("data/rest-*.parquet"))
+    forget(disk.release, pq.read_table(first).column("row_id").to_pylist(), disk.store)
+    assert [pq.read_metadata(file).num_rows for file in (first, *others)] == [0, 7, 5]
+    assert loaded(str(version), tmp_path / "loaded") == {"review": 5, "rest": 12, "train": 8}
+
+
+class Killed(BaseException):
+    """The end of a process, as far as what it leaves goes."""
+
+
+def test_a_command_that_was_killed_at_any_moment_is_finished_by_the_same_command(
+    disk: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.run("release.review_budget=1")
+    [version] = list_versions(disk.release)
+    data = ("versions", version.name, "data")
+    [review] = pq.read_table(below(disk.release, *data, "review-00000-of-00001.parquet")).to_pylist()
+    rest = pq.read_table(below(disk.release, *data, "rest-00000-of-00001.parquet")).to_pylist()
+    rows = [review["row_id"], rest[2]["row_id"]]
+
+    def forget_in(name: str, steps: int) -> bool:
+        """Forget in a copy of the release, killed before one of its writes; gives whether there were as many."""
+        copy = str(tmp_path / name)
+        shutil.copytree(disk.release, copy)
+        left = iter(range(steps))
+
+        def until_killed(work: Callable[..., Any]) -> Callable[..., Any]:
+            def step(*given: Any) -> Any:
+                if next(left, None) is None:
+                    raise Killed
+                return work(*given)
+
+            return step
+
+        with monkeypatch.context() as patch:
+            for function in ("write_forgotten", "write_file", "remove_file", "discard_texts", "_discard_copies"):
+                patch.setattr(forgetting, function, until_killed(getattr(forgetting, function)))
+            patch.setattr(forgetting, "os", SimpleNamespace(replace=until_killed(os.replace)))
+            with suppress(Killed):
+                forget(copy, rows, disk.store)
+                return False
+        forget(copy, rows, disk.store)
+        return True
+
+    assert not forget_in("undisturbed", 1000)
+    undisturbed = _files(tmp_path / "undisturbed")
+    steps = 0
+    while forget_in(f"killed-{steps}", steps):
+        assert _files(tmp_path / f"killed-{steps}") == undisturbed
+        steps += 1
+    # The list twice, the manifest twice, the card, rest, two exports, the removed file, store and copies.
+    assert steps == 11
+
+
+def _files(root: Path) -> dict[str, bytes]:
+    """Every file below a directory; what tells who held a lock, and since when, left out."""
+    files = [file for file in root.rglob("*") if file.is_file() and file.suffix != ".lock" and file.name != ".lock"]
+    return {str(file.relative_to(root)): file.read_bytes() for file in files}
 
 
 def test_every_row_with_the_same_text_goes(disk: World) -> None:
@@ -178,6 +264,39 @@ def test_an_unknown_row_is_named_and_nothing_is_changed(world: World) -> None:
     assert read_forgotten(world.release) == Forgotten()
     with pytest.raises(InputError, match="there is no version here"):
         forget(world.release + "/elsewhere", ["unlabelled-1"], world.store)
+
+
+def test_a_file_that_cannot_be_read_is_told_as_that_and_nothing_is_changed(world: World) -> None:
+    version = world.run()
+    names = ("manifest.json", "data/rest-00000-of-00001.parquet", "data/review-00000-of-00001.parquet")
+    before = [_read(version, name) for name in names]
+    damaged = below(version, "data", "train-00000-of-00001.parquet")
+    write_file(damaged, "no Parquet")
+    for work in (plan_forgetting, forget):
+        with pytest.raises(InputError, match="can't read a file of the version: ") as caught:
+            work(world.release, ["unlabelled-1"], world.store)
+        assert damaged in str(caught.value)
+    assert [_read(version, name) for name in names] == before
+    assert read_forgotten(world.release) == Forgotten()
+
+
+@pytest.mark.parametrize("reader", ["holds_content", "opened", "read_file"])
+def test_a_disk_that_fails_while_a_version_is_rewritten_is_told_as_reading(
+    reader: str, disk: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.run()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def plan(*given: Any) -> Forgetting:
+        found = plan_forgetting(*given)
+        monkeypatch.setattr(forgetting, reader, fail)
+        return found
+
+    monkeypatch.setattr(forgetting, "plan_forgetting", plan)
+    with pytest.raises(InputError, match=r"can't read a file of the version: .*Input/output error"):
+        forget(disk.release, ["unlabelled-1"], disk.store)
 
 
 def test_a_command_that_was_killed_is_finished_by_the_same_command(disk: World) -> None:

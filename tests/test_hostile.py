@@ -23,13 +23,12 @@ from hypothesis import strategies as st
 from pipeline import stages, transfer
 from pipeline.checks import check_task
 from pipeline.errors import InputError
-from pipeline.locations import inside
+from pipeline.locations import inside, write_atomically
 from pipeline.predict import find_student, predict_file
 from pipeline.preview import preview_task
 from pipeline.release import OWN_COLUMNS
 from pipeline.stages import run_stage
 from pipeline.starter import starter_task
-from pipeline.store import write_atomically
 from pipeline.task import Task
 from pipeline.versions import version_in_force
 from tests.conftest import latest_manifest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,11 +18,13 @@ from typing import Any
 import pytest
 
 from pipeline import housekeeping, inventory, locations
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StorageTrouble
 from pipeline.housekeeping import collect, disk_use, list_artifacts, plan_gc
 from pipeline.leases import lease, locked
+from pipeline.locations import below, write_file
 from pipeline.remote_store import RemoteStore
 from pipeline.store import Store, key_of, open_store
+from pipeline.versions import SUCCESS, VERSIONS, hold, promote, put_in_force, rollback
 
 Reference = tuple[str, str]
 
@@ -109,10 +112,10 @@ def test_artifacts_are_listed_with_their_sizes_oldest_first(store: Store) -> Non
 
 def test_what_nothing_needs_goes_and_a_dry_run_takes_nothing(store: Store) -> None:
     kept, gone = add(store, "fit", "kept"), add(store, "fit", "gone")
-    store.record_release("tickets", "s3://releases/tickets", "0001-aa", [kept])
+    store.record_release("tickets", "/releases/tickets", "0001-aa", [kept])
     planned = plan_gc(store, keep=3)
     assert goes(planned) == {gone}
-    assert reasons(planned) == {kept: "released: 0001-aa at s3://releases/tickets"}
+    assert reasons(planned) == {kept: "released: 0001-aa at /releases/tickets"}
     assert planned.bytes > 100
     assert there(store, kept, gone) == [True, True]
 
@@ -173,6 +176,81 @@ def test_the_last_versions_of_each_release_keep_what_they_were_made_of(store: St
         "the record of an older release"
     ] * 2
     assert goes(collect(store, keep=0)) == {shared, new, other}
+
+
+def publish(release: str, store: Store, number: int, *, held: bool = False) -> Reference:
+    """A version of one artifact, recorded as a run does, in force or held; gives the artifact."""
+    name = f"{number:04d}-{number:08x}"
+    write_file(below(release, VERSIONS, name, SUCCESS), "")
+    if held:
+        hold(release, name, ["looks worse"])
+    else:
+        put_in_force(release, name, lambda: None)
+    made = add(store, "fit", number)
+    store.record_release("tickets", release, name, [made])
+    return made
+
+
+def test_a_held_version_keeps_what_it_was_made_of_and_none_that_was_in_force_goes_for_it(
+    disk: Store, release: str
+) -> None:
+    old, good, last = (publish(release, disk, number) for number in (1, 2, 3))
+    held = [publish(release, disk, number, held=True) for number in (4, 5, 6)]
+    found = collect(disk, keep=2)
+    assert goes(found) == {old}
+    assert reasons(found)[held[0]] == f"held: 0004-00000004 at {release}"
+    assert reasons(found)[last] == f"released: 0003-00000003 at {release}"
+    assert there(disk, good, last, *held) == [True] * 5
+    assert goes(plan_gc(disk, keep=0)) == {good, last}
+
+
+def test_a_version_that_is_promoted_counts_again(disk: Store, release: str) -> None:
+    made = [publish(release, disk, number, held=number == 2) for number in (1, 2, 3)]
+    assert goes(plan_gc(disk, keep=2)) == set()
+    promote(release, "2")
+    assert goes(plan_gc(disk, keep=2)) == {made[0]}
+
+
+def test_a_version_that_was_rolled_back_is_held_and_the_one_in_force_counts_first(disk: Store, release: str) -> None:
+    first, second, third = (publish(release, disk, number) for number in (1, 2, 3))
+    rollback(release, "1")
+    found = plan_gc(disk, keep=1)
+    assert goes(found) == {second}
+    assert {reference: why.split(":")[0] for reference, why in reasons(found).items()} == {
+        first: "released",
+        third: "held",
+    }
+
+
+def test_the_record_of_a_version_that_was_removed_holds_nothing(disk: Store, tmp_path: Path) -> None:
+    release = str(tmp_path / "releases")
+    publish(release, disk, 1)
+    gone = publish(release, disk, 2, held=True)
+    publish(release, disk, 3)
+    shutil.rmtree(Path(release, VERSIONS, "0002-00000002"))
+    assert gone in goes(plan_gc(disk, keep=1))
+
+
+@pytest.mark.parametrize("trouble", ["gone", "no storage", "no answer"])
+def test_where_a_release_path_cannot_be_read_all_its_versions_count(
+    trouble: str, disk: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = str(tmp_path / "releases")
+    made = [publish(release, disk, number, held=number == 2) for number in (1, 2)]
+    if trouble == "gone":
+        shutil.rmtree(release)
+    elif trouble == "no storage":
+        release = "nothing-of-the-kind://releases"
+        for number in (1, 2):
+            disk.record_release("tickets", release, f"000{number}-aaaaaaaa", [made[number - 1]])
+        shutil.rmtree(tmp_path / "releases")
+    else:
+
+        def no_answer(release: str) -> None:
+            raise StorageTrouble("no answer")
+
+        monkeypatch.setattr(inventory, "whole_versions", no_answer)
+    assert goes(plan_gc(disk, keep=1)) == {made[0]}
 
 
 def test_what_a_running_process_uses_stays(

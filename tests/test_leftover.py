@@ -13,6 +13,7 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import Worker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Pending, Running
 
@@ -88,3 +89,22 @@ def test_a_run_whose_worker_died_in_the_handover_is_gone_after_a_while(
 def test_what_may_run_on_another_machine_is_not_told_from_here(client: SyncPrefectClient) -> None:
     assert state_after(client, run_in(client, "several"), ENDED) == "Running"
     assert state_after(client, run_in(client, "here"), ENDED) == "Crashed"
+
+
+def test_each_pool_is_asked_for_once_however_many_runs_are_gone(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [run_in(client, pool) for pool in ("here", "several", "here", "several")]
+    for run in runs:
+        client.update_flow_run(run, infrastructure_pid=str(ENDED))
+    asked = []
+    ask = client.read_workers_for_work_pool
+
+    def counted(pool: str) -> list[Worker]:
+        asked.append(pool)
+        return ask(pool)
+
+    monkeypatch.setattr(client, "read_workers_for_work_pool", counted)
+    tell_of_gone(client)
+    assert sorted(asked) == ["here", "several"]
+    assert [client.read_flow_run(run).state_name for run in runs] == ["Crashed", "Running"] * 2

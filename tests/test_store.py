@@ -18,7 +18,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError, StoreDamaged
-from pipeline.store import MANIFEST, RUN, Store, canonical_json, key_of, sha256_of, write_atomically
+from pipeline.store import MANIFEST, RUN, Store, canonical_json, key_of, sha256_of
 
 KEY = key_of({"steps": 3})
 HEADER = {"version": 1, "spec": {"steps": 3}, "inputs": {}}
@@ -249,13 +249,3 @@ def test_several_processes_build_a_key_once(store: Store, tmp_path: Path) -> Non
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert answers == [str(store.path_of("fit", KEY))] * 3
     assert len(log.read_text().split()) == 1
-
-
-def test_a_small_file_is_replaced_whole_and_leaves_no_litter(tmp_path: Path) -> None:
-    path = tmp_path / "LATEST"
-    write_atomically(path, "one")
-    with path.open() as reader:
-        write_atomically(path, "two \N{SNOWMAN}")
-        assert reader.read() == "one"  # who had it open reads the old one to its end
-    assert path.read_text(encoding="utf-8") == "two \N{SNOWMAN}"
-    assert list(tmp_path.iterdir()) == [path]

@@ -117,7 +117,7 @@ def test_a_new_head_learns_at_its_own_rate() -> None:
         learning_rate=0.01,
         seed=0,
         head=lambda name: name == "head",
-        head_learning_rate=0.1,
+        head_faster=10.0,
     )
     assert model.bias.item() == pytest.approx(-0.01, rel=1e-3)
     assert model.head.item() == pytest.approx(-0.1, rel=1e-3)

@@ -11,11 +11,11 @@ import pytest
 
 from pipeline import locations
 from pipeline.errors import InputError, VersionHeld
+from pipeline.locations import below, write_file
 from pipeline.publishing import Published, publish, raise_if_held
 from pipeline.store import Artifact, Store, key_of
 from pipeline.task import Gate
 from pipeline.versions import (
-    below,
     held_records,
     hold,
     latest_name,
@@ -24,7 +24,6 @@ from pipeline.versions import (
     promote,
     put_in_force,
     rollback,
-    write_file,
 )
 from tests.conftest import latest_manifest
 

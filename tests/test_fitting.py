@@ -1,0 +1,99 @@
+"""Cross-validation of one annotator, and how far training takes it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import fitting
+from pipeline.annotators import Labelled, pet
+from pipeline.base_model import BaseModel
+from pipeline.fitting import fit_annotator
+from tests.conftest import BAD, GOOD, sentence
+
+SPEC: dict[str, Any] = {
+    "method": "pet",
+    "pattern": "{text} It was {mask}.",
+    "words": [["good", ["good"]], ["bad", ["bad"]]],
+    "labels": ["good", "bad"],
+    "steps": 30,
+    "batch_size": 8,
+    "learning_rate": 3e-3,
+    "mlm_alpha": 0.0,
+    "mlm_batch_size": 0,
+    "max_length": 32,
+    "truncation": "head",
+    "dropout": 0.0,
+    "freeze_embeddings": True,
+    "folds": 2,
+    "learned": "auto",
+}
+
+
+@pytest.fixture(scope="module")
+def labelled() -> Labelled:
+    draw = random.Random(0)
+    texts = [sentence(draw, BAD if i % 2 else GOOD) for i in range(24)]
+    return Labelled({"text": texts}, np.arange(24) % 2)
+
+
+def fitted(labelled: Labelled, base: BaseModel, profile: dict[str, str], **changes: Any) -> fitting.Fitted:
+    return fit_annotator({**SPEC, **changes}, labelled, labelled.texts, base, profile, seed=0)
+
+
+def test_held_out_rows_are_scored_by_those_who_did_not_see_them(
+    labelled: Labelled, base: BaseModel, profile: dict[str, str]
+) -> None:
+    found = fitted(labelled, base, profile)
+    assert found.folds == 2
+    assert found.held_out is not None
+    assert found.held_out.shape == (24, 2)
+    assert found.accuracy == pytest.approx((found.held_out.argmax(axis=1) == labelled.labels).mean(), abs=1e-6)
+    own = found.annotator.log_probabilities(labelled.texts)
+    assert np.abs(own - found.held_out).max() > 0.01
+
+
+def test_labels_without_meaning_are_not_found_in_held_out_rows(base: BaseModel, profile: dict[str, str]) -> None:
+    draw = random.Random(1)
+    texts = [sentence(draw, draw.choice([BAD, GOOD])) for _ in range(24)]
+    noise = Labelled({"text": texts}, np.array([draw.randrange(2) for _ in range(24)]))
+    found = fitted(noise, base, profile, steps=60, learned=1.0)
+    learnt = found.annotator.log_probabilities({"text": texts}).argmax(axis=1)
+    assert (learnt == noise.labels).mean() > 0.9
+    assert found.accuracy is not None
+    assert found.accuracy < 0.8
+
+
+def test_an_annotator_stands_on_the_line_from_the_base_model_to_the_trained_one(
+    labelled: Labelled, base: BaseModel, profile: dict[str, str]
+) -> None:
+    def weights(learned: float | str, rows: Labelled = labelled) -> dict[str, torch.Tensor]:
+        model = pet.train({**SPEC, "learned": learned}, rows, labelled.texts, base, profile, 0).model.model
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    start, end = weights(1.0, Labelled({}, np.zeros(0, dtype=np.int64))), weights(1.0)
+    quarter, auto = weights(0.25), weights("auto")
+    moved = [name for name in start if not torch.equal(start[name], end[name])]
+    assert moved
+    for name in start:
+        assert torch.allclose(quarter[name], start[name] + 0.25 * (end[name] - start[name]), atol=1e-6)
+        assert torch.allclose(auto[name], start[name] + 24 / 54 * (end[name] - start[name]), atol=1e-6)
+
+
+def test_without_folds_nothing_is_held_out(labelled: Labelled, base: BaseModel, profile: dict[str, str]) -> None:
+    found = fitted(labelled, base, profile, folds=0)
+    assert (found.folds, found.accuracy, found.held_out) == (0, None, None)
+
+
+def test_progress_counts_all_trainings_and_ends_at_the_end(
+    labelled: Labelled, base: BaseModel, profile: dict[str, str]
+) -> None:
+    told: list[tuple[int, int]] = []
+    fit_annotator(SPEC, labelled, labelled.texts, base, profile, 0, lambda done, total: told.append((done, total)))
+    assert told == sorted(told)
+    assert {total for _, total in told} == {90}
+    assert told[-1] == (90, 90)
