@@ -1,12 +1,13 @@
 """How the quick preset was chosen: settings of the fit and of the student, on rows cut from train, never on test.
 
     python benchmarks/presets.py --data DIR --part fit --draws 3
+    python benchmarks/presets.py --data DIR --part learned --labels 10
     python benchmarks/presets.py --data DIR --part student --draws 2
 
-DIR is that of `benchmarks/quality.py`. For each dataset and draw, 40 labelled rows (two more a label where there are
-more labels) are cut from train; other train rows are the transfer set and the rows that are judged. `fit` trains one
-pattern with each setting and prints its accuracy; `student` trains two patterns with the preset and distills their
-blend with each setting.
+DIR is that of `benchmarks/quality.py`. For each dataset and draw, ``--labels`` rows (40; two more a label where there
+are more labels) are cut from train; other train rows are the transfer set and the rows that are judged. `fit` trains
+one pattern with each setting and prints its accuracy; `learned` does so for shares of the way that training goes, and
+the preset's rule; `student` trains two patterns with the preset and distills their blend with each setting.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ FIT = [
     {"mlm_alpha": 1e-4},
     {"mlm_alpha": 1e-2},
 ]
+LEARNED = [{}, *({"learned": share} for share in (0.0, 0.25, 0.5, 0.75, 1.0))]
 STUDENT = [
     {},
     {"dropout": None, "freeze_embeddings": False},
@@ -48,24 +50,26 @@ STUDENT = [
     {"learning_rate": 5e-5},
     {"learning_rate": 2e-4},
 ]
-LABELLED, TRANSFER, JUDGED = 40, 1000, 500
+TRANSFER, JUDGED = 1000, 500
 
 
-def cut(data: Path, name: str, seed: int) -> tuple[Task, Labelled, Labelled, Labelled]:
+def cut(data: Path, name: str, labels: int, seed: int) -> tuple[Task, Labelled, Labelled, Labelled]:
     """Labelled, transfer and judged rows of one draw, all from train."""
     task = Task.load(TASKS / f"{name}.yaml")
     roles = ColumnRoles(tuple(task.inputs.text), label="label")
     pool = Pool.read(data / name / "train.parquet", roles, task.label_names)
-    labelled = draw(pool.labels, max(LABELLED, 2 * len(task.labels)), seed)
+    labelled = draw(pool.labels, max(labels, 2 * len(task.labels)), seed)
     others = np.random.default_rng(seed + 1000).permutation(np.setdiff1d(np.arange(len(pool.labels)), labelled))
     everything = Labelled(pool.texts, pool.labels)
     parts = (labelled, others[:TRANSFER], others[TRANSFER : TRANSFER + JUDGED])
     return task, *(everything.take(part) for part in parts)
 
 
-def judged(data: Path, name: str, seed: int, part: str) -> Iterator[tuple[Mapping[str, Any], float, float]]:
+def judged(
+    data: Path, name: str, labels: int, seed: int, part: str
+) -> Iterator[tuple[Mapping[str, Any], float, float]]:
     """Each setting with its accuracy on the judged rows and its seconds."""
-    task, labelled, transfer, rows = cut(data, name, seed)
+    task, labelled, transfer, rows = cut(data, name, labels, seed)
     base, profile = resolve_base_model("embedded"), numeric_profile()
 
     def spec(changes: Mapping[str, Any], pattern: int) -> dict[str, Any]:
@@ -74,8 +78,8 @@ def judged(data: Path, name: str, seed: int, part: str) -> Iterator[tuple[Mappin
         return {**task.resolved("training"), "pattern": annotator.pattern, "words": words, **changes}
 
     pet = method("pet")
-    if part == "fit":
-        for changes in FIT:
+    if part != "student":
+        for changes in FIT if part == "fit" else LEARNED:
             start = time.perf_counter()
             fitted = pet.train(spec(changes, 0), labelled, transfer.texts, base, profile, seed)
             seconds = time.perf_counter() - start
@@ -106,8 +110,9 @@ def main() -> None:
     """Print a Markdown table: a row a setting, a column a dataset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--part", choices=["fit", "student"], default="fit")
+    parser.add_argument("--part", choices=["fit", "learned", "student"], default="fit")
     parser.add_argument("--datasets", default="ag_news,sst2,trec6,yelp")
+    parser.add_argument("--labels", type=int, default=40, help="labelled rows")
     parser.add_argument("--draws", type=int, default=2)
     arguments = parser.parse_args()
     names = arguments.datasets.split(",")
@@ -115,7 +120,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {}
     for seed in range(arguments.draws):
         for name in names:
-            for changes, accuracy, took in judged(arguments.data, name, seed, arguments.part):
+            for changes, accuracy, took in judged(arguments.data, name, arguments.labels, seed, arguments.part):
                 setting = ", ".join(f"{key} {value}" for key, value in changes.items()) or "the preset"
                 table.setdefault(setting, {}).setdefault(name, []).append(100 * accuracy)
                 seconds.setdefault(setting, []).append(took)
