@@ -123,7 +123,7 @@ class Training(Section):
     learned: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] | None = Field(
         None,
         description="where between the base model's weights (0) and the trained ones (1) an annotator stands; "
-        "auto: rows / (rows + 30)",
+        "auto: rows / 40, at most 1",
     )
     truncation: Literal["head", "tail"] = "head"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

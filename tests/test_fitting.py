@@ -81,7 +81,7 @@ def test_an_annotator_stands_on_the_line_from_the_base_model_to_the_trained_one(
     assert moved
     for name in start:
         assert torch.allclose(quarter[name], start[name] + 0.25 * (end[name] - start[name]), atol=1e-6)
-        assert torch.allclose(auto[name], start[name] + 24 / 54 * (end[name] - start[name]), atol=1e-6)
+        assert torch.allclose(auto[name], start[name] + 24 / 40 * (end[name] - start[name]), atol=1e-6)
 
 
 def test_without_folds_nothing_is_held_out(labelled: Labelled, base: BaseModel, profile: dict[str, str]) -> None:
