@@ -326,7 +326,7 @@ def test_every_family_without_its_head_learns_to_fill_masks(
     AutoModelForMaskedLM.from_config(config).base_model.save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
     base = resolve_base_model(str(tmp_path / "encoder"), headless=True)
-    found = Adapting({**SPEC, "steps": 8}, texts[:100], base, profile, seed=0)
+    found = Adapting({**SPEC, "steps": 20}, texts, base, profile, seed=0)
     counts = np.bincount(found.train.tokens.values[found.train.own], minlength=len(tokenizer)) + 1.0
     shares = torch.from_numpy(np.log(counts / counts.sum())).float()
     biases = [
