@@ -242,8 +242,7 @@ class Dataset:
 
         pool = self._train_shuffled if self.unlabelled is None else self.unlabelled
         texts = pool.head(task.sample.rows_per_label * len(task.labels)).texts
-        template = Template.parse(task.student_template)
-        rows = [template.render(dict(zip(texts, row, strict=True))) for row in zip(*texts.values(), strict=True)]
+        rows = Template.parse(task.student_template).render_rows(texts)
         spec = {**task.adapt.model_dump(), "max_length": task.resolved("training")["max_length"]}
         # Under a name of its own, since what a model leaves is told apart by its path.
         place = Path(tempfile.mkdtemp(prefix=f"quality-{self.name}-"))

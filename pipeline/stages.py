@@ -263,8 +263,7 @@ def adapt(job: Job) -> dict[str, Any]:
     """
     from pipeline.adapt import Adapting
 
-    template, texts = Template.parse(job.spec["template"]), texts_of(Rows(job.inputs["sample"].path).read())
-    rows = [template.render(dict(zip(texts, row, strict=True))) for row in zip(*texts.values(), strict=True)]
+    rows = Template.parse(job.spec["template"]).render_rows(texts_of(Rows(job.inputs["sample"].path).read()))
     _sweep_checkpoints(job.checkpoints.parent)
     adapting = Adapting(job.spec, rows, job.base(headless=True), job.spec["profile"], seed_of("adapt"))
     try:

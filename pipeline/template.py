@@ -137,6 +137,11 @@ class Template:
             for part in self.parts
         )
 
+    def render_rows(self, columns: Mapping[str, Sequence[str]]) -> list[str]:
+        """The texts of rows, given by column."""
+        rows = zip(*(columns[name] for name in self.columns), strict=True)
+        return [self.render(dict(zip(self.columns, row, strict=True))) for row in rows]
+
 
 def fair_shares(lengths: Sequence[int], room: int) -> list[int]:
     """Share ``room`` tokens among texts of the given lengths, max-min fairly.

@@ -28,16 +28,12 @@ class TfidfNaiveBayes:
         self.spec, self.labelled = dict(spec), labelled
         self.template = Template.parse(spec["template"])
         self.pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), ComplementNB())
-        self.pipeline.fit(self._texts(labelled.texts), labelled.labels)
-
-    def _texts(self, texts: Texts) -> list[str]:
-        rows = zip(*(texts[column] for column in self.template.columns), strict=True)
-        return [self.template.render(dict(zip(self.template.columns, row, strict=True))) for row in rows]
+        self.pipeline.fit(self.template.render_rows(labelled.texts), labelled.labels)
 
     def log_probabilities(self, texts: Texts, progress: Progress | None = None) -> Floats:
         """Log-probabilities, float32 ``[rows, labels]``; a label without a row gets a floor."""
         result = np.full((len(next(iter(texts.values()))), len(self.spec["labels"])), -20.0, dtype=np.float32)
-        result[:, self.pipeline.classes_] = self.pipeline.predict_log_proba(self._texts(texts))
+        result[:, self.pipeline.classes_] = self.pipeline.predict_log_proba(self.template.render_rows(texts))
         return result
 
     def save(self, path: Path) -> None:
