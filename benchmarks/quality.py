@@ -602,19 +602,16 @@ def paired(records: Sequence[Record]) -> str:
         for rival in rivals:
             for name in ("ensemble", "student"):
                 apart = [found[name, seed] - value for (other, seed), value in found.items() if other == rival]
-                low, high = interval(apart)
-                cells.append(f"{statistics.mean(apart):+.1f} ({low:+.1f} to {high:+.1f})" if len(apart) > 1 else "-")
+                cells.append(interval(apart) if len(apart) > 1 else "-")
         lines.append(f"| {dataset} | {labels} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean, by Student's t."""
+def interval(values: Sequence[float]) -> str:
+    """The mean of two values or more, and its 95 % interval by Student's t."""
     mean = statistics.mean(values)
-    if len(values) < 2:
-        return mean, mean
     half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return mean - half, mean + half
+    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
 
 
 def _say(message: str) -> None:

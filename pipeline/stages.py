@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,18 +266,27 @@ def adapt(job: Job) -> dict[str, Any]:
     rows = Template.parse(job.spec["template"]).render_rows(texts_of(Rows(job.inputs["sample"].path).read()))
     _sweep_checkpoints(job.checkpoints.parent)
     adapting = Adapting(job.spec, rows, job.base(headless=True), job.spec["profile"], seed_of("adapt"))
-    try:
+    with _telling_divergence("the base model's", "adapt", job.spec["learning_rate"]):
         adapting.run(job.checkpoints, job.progress)
-    except Diverged as error:
-        raise InputError(
-            f"the base model's training diverged: {error}",
-            where="adapt",
-            fix=f"lower adapt.learning_rate (it is {job.spec['learning_rate']:g})",
-        ) from error
     (job.out / "model").mkdir()
     adapting.save(job.out / "model")
     curve = adapting.curve
     return {"curve": curve.points, "best": curve.best, "texts": len(rows), "pieces": len(adapting.train)}
+
+
+@contextmanager
+def _telling_divergence(whose: str, section: str, rate: float) -> Iterator[None]:
+    """Tell a training without which there is no release as the user's to mend; ``section`` is the task file's.
+
+    Raises:
+        InputError: it diverged.
+    """
+    try:
+        yield
+    except Diverged as error:
+        raise InputError(
+            f"{whose} training diverged: {error}", where=section, fix=f"lower {section}.learning_rate (it is {rate:g})"
+        ) from error
 
 
 def checkpoints_of(store: Store, key: str) -> Path:
@@ -463,7 +472,7 @@ def distill(job: Job) -> dict[str, Any]:
 
     soft = from_lists(pq.read_table(job.inputs["blend"].path / "soft.parquet", columns=["probs"]).column(0))
     transfer = texts_of(Rows(job.inputs["sample"].path).read())
-    try:
+    with _telling_divergence("the student's", "student", job.spec["learning_rate"]):
         student = train_student(
             job.spec,
             soft,
@@ -474,12 +483,6 @@ def distill(job: Job) -> dict[str, Any]:
             seed_of("distill"),
             job.progress,
         )
-    except Diverged as error:
-        raise InputError(
-            f"the student's training diverged: {error}",
-            where="student",
-            fix=f"lower student.learning_rate (it is {job.spec['learning_rate']:g})",
-        ) from error
     (job.out / "model").mkdir()
     student.save(job.out / "model")
     return {"transfer_rows": len(soft)}
