@@ -1,10 +1,12 @@
-"""How fast rows are scored with one pattern, and annotators are fitted, beside what else one could run.
+"""How fast rows are scored with one pattern, annotators fitted and models adapted, beside what else one could run.
 
     python benchmarks/annotate.py --data DIR                  # a table
     python benchmarks/annotate.py --data DIR --json           # the ratios alone
     python benchmarks/annotate.py --data DIR --part fit
+    python benchmarks/annotate.py --data DIR --part adapt --repeats 3
 
-DIR holds ``ag_news/test.parquet`` (and ``train.parquet`` for fit). The model is the embedded one, or ``--model``.
+DIR holds ``ag_news/test.parquet`` (and ``train.parquet`` for fit and adapt). The model is the embedded one, or
+``--model``.
 
 Scoring, rows a second from texts to log-probabilities of the labels, with one pattern and a word a label:
 
@@ -31,6 +33,17 @@ bare           forward and backward pass of the same batches through encoder and
 procedure_2020 the same rows and batches as the published code trains: padded to 256, fp32, the model's
                dropout, all weights trained, the whole vocabulary at every position, AdamW by a loop
 ============== ======================================================================================
+
+Adapting (``--part adapt``), tokens a second of training texts, steps of 4,096:
+
+================ ====================================================================================
+clozeline        `pipeline.adapt` with its defaults, by the median step; the measuring of held-out texts,
+                 twenty times a training, stands apart
+bare             forward and backward pass of the encoder alone, in the same numbers, on full batches of
+                 the same tokens and one length, without padding: no head, no loss but a sum, no optimizer
+whole_vocabulary forward and backward pass of the whole model on the same, with the vocabulary's logits and
+                 the loss at every position, as transformers' own MLM training has them
+================ ====================================================================================
 """
 
 from __future__ import annotations
@@ -41,6 +54,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -57,18 +71,19 @@ from size import peak_mb
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, pipeline
 
+from pipeline.adapt import Adapting
 from pipeline.annotators import Labelled, pet
 from pipeline.base_model import BaseModel, resolve_base_model
 from pipeline.batching import TOKEN_BUDGET, pad
 from pipeline.device import numeric_profile
-from pipeline.precision import scoring
-from pipeline.task import PRESETS
+from pipeline.precision import scoring, training_numbers
+from pipeline.task import PRESETS, Adapt
 from pipeline.training import seed_of
 
 PATTERN = "{text} This is about {mask}."
 WORDS = {"World": "politics", "Sports": "sports", "Business": "business", "Sci/Tech": "technology"}
 PADDED_TO, PADDED_BATCH, PIPELINE_BATCH = 256, 8, 64
-FIT_ROWS = 40
+FIT_ROWS, ADAPT_ROWS = 40, 1000
 
 
 def texts_of(data: Path, name: str) -> tuple[list[str], list[str]]:
@@ -297,11 +312,53 @@ def fit(base: BaseModel, data: Path, steps: int, repeats: int) -> dict[str, Any]
     }
 
 
+# ---- adapting ------------------------------------------------------------------------------------------
+
+
+def adapt(base: BaseModel, data: Path, steps: int, repeats: int) -> dict[str, Any]:
+    """Measure adapting; see the module's text."""
+    texts, _ = texts_of(data, "train")
+    spec = {**Adapt(steps=steps).model_dump(), "max_length": PADDED_TO}
+    profile = numeric_profile()
+    plain = AutoModelForMaskedLM.from_pretrained(base.path, dtype=torch.float32).to(profile["device"]).train()
+    numbers = torch.device(profile["device"]), getattr(torch, profile["dtype"])
+    rates: dict[str, list[float]] = {"clozeline": [], "bare": [], "whole_vocabulary": []}
+    for repeat in range(repeats):
+        adapting = Adapting(spec, texts[:ADAPT_ROWS], base, profile, repeat)
+        ends: list[float] = []
+        with tempfile.TemporaryDirectory() as directory:
+            adapting.run(Path(directory), lambda done, total, ends=ends: ends.append(time.perf_counter()))
+        rates["clozeline"].append(adapting.tokens / adapting.step / statistics.median(np.diff(ends).tolist()))
+        length = round(float(adapting.train.tokens.lengths.mean()))
+        ids = torch.randint(1000, 20000, (spec["batch_tokens"] // length, length), device=numbers[0])
+        for name, model in (("bare", plain.base_model), ("whole_vocabulary", plain)):
+
+            def step(model: Any = model, ids: torch.Tensor = ids, whole: bool = model is plain) -> None:
+                with training_numbers(*numbers):
+                    out = model(
+                        input_ids=ids, attention_mask=torch.ones_like(ids), **({"labels": ids} if whole else {})
+                    )
+                    (out.loss if whole else out[0].float().sum()).backward()
+                model.zero_grad(set_to_none=True)
+                if numbers[0].type == "cuda":
+                    torch.cuda.synchronize()
+
+            step()
+            rates[name].append(ids.numel() / statistics.median(seconds_of(step) for _ in range(max(steps // 4, 3))))
+    median = {name: statistics.median(found) for name, found in rates.items()}
+    return {
+        "tokens_per_s": median["clozeline"],
+        "of_bare_forward_backward": median["clozeline"] / median["bare"],
+        "vs_whole_vocabulary": median["clozeline"] / median["whole_vocabulary"],
+        "details": {"steps": steps, "spread": {name: max(found) / min(found) for name, found in rates.items()}},
+    }
+
+
 def main() -> None:
     """Measure one part and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--part", choices=["score", "fit", "peak"], default="score")
+    parser.add_argument("--part", choices=["score", "fit", "adapt", "peak"], default="score")
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--rows", type=int, default=4000, help="for clozeline; the others get fewer")
     parser.add_argument("--steps", type=int, default=50)
@@ -315,6 +372,8 @@ def main() -> None:
         return
     if arguments.part == "fit":
         found = fit(base, arguments.data, arguments.steps, arguments.repeats)
+    elif arguments.part == "adapt":
+        found = adapt(base, arguments.data, arguments.steps, arguments.repeats)
     else:
         shares = {"clozeline": 1, "fill_mask_fp32": 12, "fill_mask_bf16": 4, "padded_loop": 24}
         rows = {name: max(arguments.rows // share, 16) for name, share in shares.items()}

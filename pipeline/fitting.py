@@ -13,7 +13,7 @@ from pipeline.annotators import Annotator, Labelled, Texts, method
 from pipeline.base_model import BaseModel
 from pipeline.cross_validation import stratified_folds
 from pipeline.tables import Floats
-from pipeline.training import seed_of
+from pipeline.training import Diverged, seed_of
 
 Progress = Callable[[int, int], None]
 
@@ -56,7 +56,7 @@ def fit_annotator(
         progress: called with steps done and steps in all, of all trainings together.
 
     Raises:
-        Diverged: a training did.
+        Diverged: a training did, or held-out scores are no numbers.
     """
     train = method(spec["method"]).train
     # All annotators share the folds, so that their out-of-fold scores can be blended too.
@@ -79,6 +79,9 @@ def fit_annotator(
             held_out[held] = one.log_probabilities(labelled.take(held).texts)
             del one
             gc.collect()  # models hold reference cycles: without this each fold's stays until a full round
+        strange = int((~np.isfinite(held_out)).any(axis=1).sum())
+        if strange:
+            raise Diverged(f"its held-out scores of {strange} of {len(labelled)} labelled rows are no numbers")
         accuracy = round(float((held_out.argmax(axis=1) == labelled.labels).mean()), 6)
     annotator = train(spec, labelled, transfer, base, profile, seed, part(rounds - 1))
     if progress:

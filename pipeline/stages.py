@@ -489,7 +489,11 @@ def distill(job: Job) -> dict[str, Any]:
 
 
 def label(job: Job) -> dict[str, Any]:
-    """Score all rows of a shard with the student, equal texts once; leaves ``scores.parquet`` in the shard's order."""
+    """Score all rows of a shard with the student, equal texts once; leaves ``scores.parquet`` in the shard's order.
+
+    Raises:
+        InputError: scores are no numbers.
+    """
     from pipeline.student import Student, shifted
 
     student = Student.load(job.inputs["distill"].path / "model", job.spec["profile"])
@@ -507,6 +511,13 @@ def label(job: Job) -> dict[str, Any]:
             scores = np.zeros((batch.num_rows, labels), dtype=np.float32)
             texts = texts_of(batch.filter(pa.array(new)))
             scores[new] = student.log_probabilities(texts, shifted(job.progress, done, total))
+            strange = np.flatnonzero(~np.isfinite(scores).all(axis=1))
+            if len(strange):
+                raise InputError(
+                    f"the student's scores of row {done + strange[0]} are no numbers: its training broke its weights",
+                    where="student",
+                    fix="lower student.learning_rate, or take another base_model",
+                )
             known[group[new & (group >= 0)]] = scores[new & (group >= 0)]
             scores[~new] = known[group[~new]]
             writer.write_batch(pa.record_batch([to_lists(scores)], schema=schema))

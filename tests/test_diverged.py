@@ -20,6 +20,7 @@ from pipeline.errors import InputError
 from pipeline.metrics import METHODS
 from pipeline.stages import run_stage
 from pipeline.store import sha256_of
+from pipeline.student import Student
 from pipeline.tables import Floats
 from tests.machine import Machine
 from tests.stage_run import Run
@@ -162,6 +163,20 @@ def voters(run: Run) -> set[tuple[str, ...]]:
 
 def metrics_of(run: Run) -> Any:
     return json.loads((run.version / "metrics.json").read_text())
+
+
+def test_student_whose_scores_are_no_numbers_labels_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Student.log_probabilities
+
+    def log_probabilities(self: Student, texts: Texts, progress: Progress | None = None) -> Floats:
+        scores = real(self, texts, progress)
+        scores[3:5] = np.nan
+        return scores
+
+    monkeypatch.setattr(Student, "log_probabilities", log_probabilities)
+    with pytest.raises(InputError, match="the student's scores of row 3 are no numbers") as told:
+        run()
+    assert "lower student.learning_rate" in str(told.value)
 
 
 def test_annotator_whose_weights_are_no_numbers_leaves_no_scores_and_is_left_out(run: Run) -> None:

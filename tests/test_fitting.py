@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from pipeline import fitting
-from pipeline.annotators import Labelled, pet
+from pipeline.annotators import Labelled, Progress, Texts, pet
 from pipeline.base_model import BaseModel
 from pipeline.fitting import fit_annotator
+from pipeline.tables import Floats
+from pipeline.training import Diverged
 from tests.conftest import BAD, GOOD, sentence
 
 SPEC: dict[str, Any] = {
@@ -82,6 +84,21 @@ def test_an_annotator_stands_on_the_line_from_the_base_model_to_the_trained_one(
     for name in start:
         assert torch.allclose(quarter[name], start[name] + 0.25 * (end[name] - start[name]), atol=1e-6)
         assert torch.allclose(auto[name], start[name] + 24 / 40 * (end[name] - start[name]), atol=1e-6)
+
+
+def test_held_out_scores_that_are_no_numbers_are_a_training_that_diverged(
+    labelled: Labelled, base: BaseModel, profile: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pet.PetAnnotator.log_probabilities
+
+    def log_probabilities(self: pet.PetAnnotator, texts: Texts, progress: Progress | None = None) -> Floats:
+        scores = real(self, texts, progress)
+        scores[0] = np.nan
+        return scores
+
+    monkeypatch.setattr(pet.PetAnnotator, "log_probabilities", log_probabilities)
+    with pytest.raises(Diverged, match="held-out scores of 2 of 24 labelled rows are no numbers"):
+        fitted(labelled, base, profile, steps=1)
 
 
 def test_without_folds_nothing_is_held_out(labelled: Labelled, base: BaseModel, profile: dict[str, str]) -> None:
