@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ from pipeline.ragged import Numbers, Ragged
 # a third.
 TOKEN_BUDGET = 4096
 _CUDA_TOKEN_BUDGET = 65536
+# Attention's scores take rows * length^2 numbers: for longer rows a batch shrinks so that they take no more memory
+# than at this length, where they are as large as the widest activations. It is no slower.
+_SQUARE_FROM = 128
 # What one more forward and backward pass costs beside its tokens, in tokens: kernels started, weights cast.
 _PASS_TOKENS = 150
 _batch_share = 1.0
@@ -43,22 +46,29 @@ def by_length(lengths: Sequence[int] | Numbers, token_budget: int = TOKEN_BUDGET
 
     Args:
         lengths: tokens of each row.
-        token_budget: a batch's rows times its longest row stay within it (a single longer row excepted).
+        token_budget: a batch's rows times its longest row stay within it (a single longer row excepted); where that
+            row is long, well within it.
 
     Returns:
         Batches of row numbers, every row in exactly one; the longest rows first, so that running out of
         memory shows at once.
     """
-    return steps_by_length(lengths, max(int(token_budget * _batch_share), 1))
+    budget = max(int(token_budget * _batch_share), 1)
+    return _by_length(lengths, lambda longest: budget * min(_SQUARE_FROM, longest) // longest**2)
 
 
 def steps_by_length(lengths: Sequence[int] | Numbers, token_budget: int) -> list[npt.NDArray[np.int64]]:
-    """`by_length` whatever the `batch_share`: for steps of training, whose rows must not depend on memory."""
+    """Batches within a budget whatever takes memory: for steps of training, whose rows must not depend on it."""
+    return _by_length(lengths, lambda longest: token_budget // longest)
+
+
+def _by_length(lengths: Sequence[int] | Numbers, rows_of: Callable[[int], int]) -> list[npt.NDArray[np.int64]]:
+    """Batches of the rows from the longest on; ``rows_of`` says how many rows go with a longest one."""
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     batches, start = [], 0
     while start < len(order):
         longest = max(int(lengths[order[start]]), 1)
-        stop = min(start + max(token_budget // longest, 1), len(order))
+        stop = min(start + max(rows_of(longest), 1), len(order))
         batches.append(order[start:stop])
         start = stop
     return batches

@@ -82,6 +82,8 @@ class StageProcess:
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Each batch has a shape of its own, and oneDNN would keep what it made for the last thousand: some 300 MB.
         environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+        # Tensors of ever other sizes leave holes in the heap; the largest ones are mapped, and given back at once.
+        environment.setdefault("MALLOC_MMAP_THRESHOLD_", "33554432")
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         self._stopped = False

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.batching import batch_share, by_length, pad, set_batch_share, split_by_length
+from pipeline.batching import batch_share, by_length, pad, set_batch_share, split_by_length, steps_by_length
 from pipeline.ragged import Ragged
 
 lengths_of_rows = st.lists(st.integers(0, 300), max_size=60)
@@ -21,6 +21,13 @@ def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budge
         assert len(batch) > 0
         longest = max(lengths[i] for i in batch)
         assert len(batch) == 1 or len(batch) * longest <= budget
+        assert len(batch) == 1 or len(batch) * longest**2 <= budget * 128
+
+
+def test_batches_are_full_up_to_the_length_from_which_attention_takes_the_memory() -> None:
+    assert [len(batch) for batch in by_length([128] * 32, 4096)] == [32]
+    assert [len(batch) for batch in by_length([256] * 32, 4096)] == [8] * 4
+    assert [len(batch) for batch in steps_by_length([256] * 32, 4096)] == [16] * 2
 
 
 @given(lengths_of_rows, st.integers(1, 1000))
