@@ -6,6 +6,9 @@ DIR holds ``ag_news/train.parquet``; titles and descriptions of different rows a
 distinct texts as are wanted, so that lengths are those of real text. Each stage runs in a process of its own, which
 tells its peak resident memory, its seconds, and the seconds that the model's forward passes took (for stages that
 score; training is left out). The task has two patterns, 40 labelled rows, the quick preset and the embedded model.
+
+The half million takes the embedded model an hour or two. ``--tiny`` puts a random model of two narrow layers in its
+place: for the stages that have nothing to do with a model.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from pipeline.base_model import resolve_base_model
 from pipeline.plan import build_plan
 from pipeline.stages import run_stage
 from pipeline.store import Store
@@ -46,7 +50,20 @@ def peak_mb() -> float:
     return int(line.split()[1]) / 1024
 
 
-def write_task(data: Path, root: Path, rows: int) -> Path:
+def tiny_model(path: Path) -> str:
+    """Save a random model that costs next to nothing, with the embedded one's tokenizer."""
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    embedded = resolve_base_model("embedded").path
+    AutoTokenizer.from_pretrained(embedded).save_pretrained(path)
+    config = BertConfig.from_pretrained(
+        embedded, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=1
+    )
+    BertForMaskedLM(config).save_pretrained(path)
+    return str(path)
+
+
+def write_task(data: Path, root: Path, rows: int, model: str) -> Path:
     """A task over ``rows`` distinct texts in files of 250,000."""
     root.mkdir()
     source = pq.read_table(data / "ag_news" / "train.parquet")
@@ -69,6 +86,8 @@ def write_task(data: Path, root: Path, rows: int) -> Path:
     write_table(root / "labelled.parquet", pa.table({"text": both, "label": given}))
     task = {
         "labels": names,
+        "base_model": model,
+        "training": {"preset": "quick"},  # which the embedded one has by itself
         "inputs": {"labelled": "labelled.parquet", "unlabelled": "part-*.parquet"},
         "annotators": ["{text} This is about {mask}.", "{mask} news: {text}"],
         "release": {"review_budget": BUDGET},
@@ -104,9 +123,9 @@ def run_alone(request: Path) -> None:
     print(json.dumps({"seconds": artifact.seconds, "peak_mb": peak, "in_model": in_model}))
 
 
-def measure(data: Path, scratch: Path, rows: int) -> dict[str, dict[str, float]]:
+def measure(data: Path, scratch: Path, rows: int, model: str) -> dict[str, dict[str, float]]:
     """All stages over so many rows: for each kind the seconds in all, the highest peak and the model's seconds."""
-    task = Task.load(write_task(data, scratch / str(rows), rows))
+    task = Task.load(write_task(data, scratch / str(rows), rows, model))
     plan = build_plan(task, task.base())
     store = Store(scratch / str(rows) / "store")
     found: dict[str, dict[str, float]] = {}
@@ -129,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="two numbers of rows")
+    parser.add_argument("--tiny", action="store_true", help="a random tiny model in place of the embedded one")
     parser.add_argument("--stage", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage is not None:
@@ -136,7 +156,8 @@ def main() -> None:
         return
     small, large = map(int, arguments.sizes.split(","))
     with tempfile.TemporaryDirectory(prefix="clozeline-size-") as directory:
-        few, many = (measure(arguments.data, Path(directory), rows) for rows in (small, large))
+        model = tiny_model(Path(directory, "tiny")) if arguments.tiny else "embedded"
+        few, many = (measure(arguments.data, Path(directory), rows, model) for rows in (small, large))
     print(
         f"| stage | peak MB, {small} rows | peak MB, {large} rows | growth | s per 100,000 rows | outside the model |"
     )

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import locations, tables, transfer
+from pipeline.annotators import part_of
 from pipeline.device import numeric_profile
 from pipeline.errors import InputError, writing
 from pipeline.settings import Settings
-from pipeline.student import SETTINGS, Student, shifted
+from pipeline.student import SETTINGS, Student
 from pipeline.tables import ColumnRoles
 from pipeline.versions import version_in_force
 
@@ -117,7 +118,7 @@ def predict_file(
             with tables.parquet_writer(temporary, schema) as writer:
                 done = 0
                 for batch in tables.batches_of(file, None, str(source)):
-                    arrays = _labelled(loaded, batch, shifted(progress, done, total))
+                    arrays = _labelled(loaded, batch, part_of(progress, done, batch.num_rows, total))
                     writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
                     done += batch.num_rows
             os.replace(temporary, target)

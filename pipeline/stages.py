@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import tables
-from pipeline.annotators import Labelled, method
+from pipeline.annotators import Labelled, method, part_of
 from pipeline.base_model import EMBEDDED, BaseModel, resolve_base_model
 from pipeline.batching import batch_share
 from pipeline.device import device_name, numeric_profile
@@ -355,8 +355,12 @@ def annotate(job: Job) -> dict[str, Any]:
             "the adapted base model was built anew and is another one: what was fitted to the one before was discarded"
         )
     loaded = method(fitted.manifest["spec"]["method"]).load(fitted.path / "annotator", base, job.spec["profile"])
-    rows = Rows(job.inputs["rows"].path).read()
-    scores = loaded.log_probabilities(texts_of(rows), job.progress) if rows.num_rows else _no_scores(fitted)
+    rows, parts, done = Rows(job.inputs["rows"].path), [_no_scores(fitted)], 0
+    total = rows.count
+    for batch in rows.batches(rows.text_columns):
+        parts.append(loaded.log_probabilities(texts_of(batch), part_of(job.progress, done, batch.num_rows, total)))
+        done += batch.num_rows
+    scores = np.concatenate(parts)
     strange = int((~np.isfinite(scores)).sum())
     if strange:
         return {"rows": 0, "diverged": f"{strange} of its scores of {len(scores)} rows are no numbers"}
@@ -494,23 +498,22 @@ def label(job: Job) -> dict[str, Any]:
     Raises:
         InputError: scores are no numbers.
     """
-    from pipeline.student import Student, shifted
+    from pipeline.student import Student
 
     student = Student.load(job.inputs["distill"].path / "model", job.spec["profile"])
     rows = Rows(job.inputs["rows"].path)
-    names = [name for name in rows.schema.names if name.startswith(tables.TEXT)]
     labels = len(student.labels)
     schema = pa.schema([("log_probabilities", tables.probability_type(labels))])
     repeats = find_repeats(gather(rows.content_hashes(), job.out), job.out)
     known = on_disk((repeats.groups, labels), np.float32, job.out)  # of the texts that come again
     done, total = 0, rows.count
     with tables.parquet_writer(job.out / "scores.parquet", schema) as writer:
-        for batch in rows.batches(names):
+        for batch in rows.batches(rows.text_columns):
             here = slice(done, done + batch.num_rows)
             group, new = repeats.group[here], repeats.occurrence[here] == 1
             scores = np.zeros((batch.num_rows, labels), dtype=np.float32)
             texts = texts_of(batch.filter(pa.array(new)))
-            scores[new] = student.log_probabilities(texts, shifted(job.progress, done, total))
+            scores[new] = student.log_probabilities(texts, part_of(job.progress, done, batch.num_rows, total))
             strange = np.flatnonzero(~np.isfinite(scores).all(axis=1))
             if len(strange):
                 raise InputError(

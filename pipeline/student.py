@@ -111,11 +111,6 @@ class Student:
         return result[position]
 
 
-def shifted(progress: Progress, start: int, total: int) -> Progress:
-    """Progress of a batch as progress of the whole."""
-    return lambda done, _: progress(start + done, total)
-
-
 def distill(
     spec: Mapping[str, Any],
     soft: Floats | None,

@@ -440,6 +440,11 @@ class Rows:
         """The file's schema."""
         return pq.read_schema(self.file)
 
+    @property
+    def text_columns(self) -> list[str]:
+        """The names of the columns that hold texts."""
+        return [name for name in self.schema.names if name.startswith(TEXT)]
+
     def read(self, columns: list[str] | None = None) -> pa.Table:
         """All rows at once; for the labelled, test, transfer and queue sets, which are small."""
         return pq.read_table(self.file, columns=columns)

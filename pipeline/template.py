@@ -25,6 +25,7 @@ from pipeline.ragged import Numbers, Ragged, TokenIds, offsets_of, spread
 
 MASK = "mask"
 _TEXTS_AT_ONCE = 2048
+_ROWS_AT_ONCE = 10_000
 Truncation = Literal["head", "tail"]
 
 
@@ -358,22 +359,23 @@ class Encoder:
         offsets = offsets_of(np.sum(lengths, axis=0))
         values, own = np.empty(int(offsets[-1]), dtype=np.int32), np.zeros(int(offsets[-1]), dtype=np.bool_)
         mask_at = np.zeros((rows, masks if template.has_mask else 0), dtype=np.int64)
-        behind = iter(columns_of)
-        starts = offsets[:-1].copy()
-        for part, length in zip(parts, lengths, strict=True):
-            if isinstance(part, Slot):
-                column = next(behind)
-                kept = column.tokens.offsets[:-1]
-                if self.truncation == "tail":
-                    kept = column.tokens.offsets[1:] - length
-                places = spread(starts, length)
-                values[places] = column.tokens.values[spread(kept, length)]
-                own[places] = True
-            else:
-                values[starts[:, None] + np.arange(len(part))] = part
-                if part is slot_ids:
-                    mask_at[:] = (starts - offsets[:-1])[:, None] + np.arange(masks)
-            starts += length
+        for start in range(0, rows, _ROWS_AT_ONCE):  # where each token goes takes several times the tokens' memory
+            some = slice(start, start + _ROWS_AT_ONCE)
+            begins, at, behind = offsets[:-1][some], offsets[:-1][some].copy(), iter(columns_of)
+            for part, length in zip(parts, (length[some] for length in lengths), strict=True):
+                if isinstance(part, Slot):
+                    tokens = next(behind).tokens
+                    kept = tokens.offsets[:-1][some]
+                    if self.truncation == "tail":
+                        kept = tokens.offsets[1:][some] - length
+                    places = spread(at, length)
+                    values[places] = tokens.values[spread(kept, length)]
+                    own[places] = True
+                else:
+                    values[at[:, None] + np.arange(len(part))] = part
+                    if part is slot_ids:
+                        mask_at[some] = (at - begins)[:, None] + np.arange(masks)
+                at += length
         return Encoded(Ragged(values, offsets), mask_at, own, shortened)
 
     def _shares(self, columns: Sequence[TokenColumn], room: int) -> tuple[list[Numbers], npt.NDArray[np.bool_]]:

@@ -33,6 +33,11 @@ METHODS = {
 }
 
 
+def part_of(progress: Progress, start: int, rows: int, total: int) -> Progress:
+    """Progress of some rows, however it counts, as progress of all rows: those from ``start`` on, of ``total``."""
+    return lambda done, of: progress(start + rows * done // max(of, 1), total)
+
+
 @dataclass(frozen=True)
 class Labelled:
     """Labelled rows: the text columns and int64 ``[rows]`` label numbers."""
