@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, load_dataset
 
+from pipeline import tables
 from pipeline.checks import check_task
 from pipeline.errors import InputError
 from pipeline.predict import predict_file
 from pipeline.stages import run_stage
 from pipeline.store import Artifact
+from pipeline.tables import from_lists
 from pipeline.task import Task
 from tests.conftest import BAD, GOOD, sentence
 from tests.stage_run import Run
@@ -155,6 +157,26 @@ def test_same_task_in_a_fresh_store_gives_the_same_bytes(tiny_task: MakeTask, tm
     other()
     assert other.bytes() == one.bytes()
     assert other.version.name == one.version.name
+
+
+def test_rows_are_scored_some_at_a_time_with_the_same_scores(
+    tiny_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scores(folder: str) -> dict[str, np.ndarray]:
+        run = Run(tiny_task(folder))
+        run()
+        found = {}
+        for call in [*run.plan().find("annotate"), *run.plan().find("label")]:
+            artifact = run.store.find(call.stage, call.key)
+            assert artifact is not None
+            found[call.title] = from_lists(pq.read_table(artifact.path / "scores.parquet").column(0))
+        return found
+
+    whole = scores("whole")
+    monkeypatch.setattr(tables, "BATCH_ROWS", 7)
+    for title, some in scores("some").items():
+        assert len(some) > 7
+        assert np.allclose(some, whole[title], atol=1e-5)
 
 
 def test_release_holds_every_row_once_with_the_users_columns(run: Run) -> None:

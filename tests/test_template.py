@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from pipeline import template
 from pipeline.errors import InputError
 from pipeline.template import Column, Encoder, Literally, Mask, Template, fair_shares
 from tests.conftest import BAD, GOOD, POSITIONS, VOCABULARY, sentence
@@ -151,6 +152,22 @@ def test_ids_are_those_of_the_rendered_text(pattern: str, encoder: Encoder, plai
         whole = template.render({name: texts[i] for name, texts in columns.items()}, mask="[MASK]")
         assert ids.tolist() == plain(whole)["input_ids"]
     assert not encoded.shortened.any()
+
+
+@pytest.mark.parametrize("truncation", ["head", "tail"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_rows_encoded_in_pieces_are_those_encoded_at_once(
+    pattern: str, truncation: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder(_cached_tokenizer(tiny_model), 24, truncation)
+    columns = {name: [f"{name} " * (i * step % 30) for i in range(8)] for name, step in (("text", 7), ("other", 11))}
+    whole = encoder.encode(Template.parse(pattern), columns, masks=2)
+    assert 0 < whole.shortened.sum() < 8
+    monkeypatch.setattr(template, "_ROWS_AT_ONCE", 3)
+    pieces = encoder.encode(Template.parse(pattern), columns, masks=2)
+    assert pieces.tokens.values.tolist() == whole.tokens.values.tolist()
+    assert pieces.own.tolist() == whole.own.tolist()
+    assert pieces.mask_at.tolist() == whole.mask_at.tolist()
 
 
 @given(texts=st.lists(st.text(max_size=200), min_size=1, max_size=4), pattern=st.sampled_from(PATTERNS), data=st.data())
