@@ -37,12 +37,12 @@ procedure_2020 the same rows and batches as the published code trains: padded to
 Adapting (``--part adapt``), tokens a second of training texts, steps of 4,096:
 
 ================ ====================================================================================
-clozeline        `pipeline.adapt` with its defaults, by the median step; the measuring of held-out texts,
-                 twenty times a training, stands apart
+clozeline        `pipeline.adapt` with its defaults, by the median step without those behind which held-out
+                 texts are measured and a checkpoint is written, twenty times a training
 bare             forward and backward pass of the encoder alone, in the same numbers, on full batches of
                  the same tokens and one length, without padding: no head, no loss but a sum, no optimizer
 whole_vocabulary forward and backward pass of the whole model on the same, with the vocabulary's logits and
-                 the loss at every position, as transformers' own MLM training has them
+                 the loss at every position
 ================ ====================================================================================
 """
 
@@ -72,14 +72,14 @@ from size import peak_mb
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, pipeline
 
-from pipeline.adapt import Adapting
+from pipeline.adapt import EVALUATIONS, Adapting
 from pipeline.annotators import Labelled, pet
 from pipeline.base_model import BaseModel, resolve_base_model
 from pipeline.batching import TOKEN_BUDGET, pad
 from pipeline.device import numeric_profile
-from pipeline.precision import scoring, training_numbers
+from pipeline.precision import attention_for, scoring, training_numbers
 from pipeline.task import PRESETS, Adapt
-from pipeline.training import seed_of
+from pipeline.training import prepare_for_few_steps, seed_of
 
 PATTERN = "{text} This is about {mask}."
 WORDS = {"World": "politics", "Sports": "sports", "Business": "business", "Sci/Tech": "technology"}
@@ -321,27 +321,30 @@ def adapt(base: BaseModel, data: Path, steps: int, repeats: int) -> dict[str, An
     texts, _ = texts_of(data, "train")
     spec = {**Adapt(steps=steps).model_dump(), "max_length": PADDED_TO}
     profile = numeric_profile()
-    plain = AutoModelForMaskedLM.from_pretrained(base.path, dtype=torch.float32).to(profile["device"]).train()
-    numbers = torch.device(profile["device"]), getattr(torch, profile["dtype"])
+    device, dtype = torch.device(profile["device"]), getattr(torch, profile["dtype"])
+    plain = AutoModelForMaskedLM.from_pretrained(base.path, dtype=torch.float32, **attention_for(device)).to(device)
+    prepare_for_few_steps(plain.train(), dropout=0.0, freeze_embeddings=False)
     rates: dict[str, list[float]] = {"clozeline": [], "bare": [], "whole_vocabulary": []}
     for repeat in range(repeats):
         adapting = Adapting(spec, texts[:ADAPT_ROWS], base, profile, repeat)
         ends: list[float] = []
         with tempfile.TemporaryDirectory() as directory:
             adapting.run(Path(directory), lambda done, total, ends=ends: ends.append(time.perf_counter()))
-        rates["clozeline"].append(adapting.tokens / adapting.step / statistics.median(np.diff(ends).tolist()))
+        # Behind some steps held-out texts are measured and a checkpoint is written, before the next one begins.
+        parts = [done * EVALUATIONS // steps for done in range(steps + 1)]
+        alone = [ends[done] - ends[done - 1] for done in range(1, adapting.step) if parts[done] == parts[done - 1]]
+        rates["clozeline"].append(adapting.tokens / adapting.step / statistics.median(alone))
         length = round(float(adapting.train.tokens.lengths.mean()))
-        ids = torch.randint(1000, 20000, (spec["batch_tokens"] // length, length), device=numbers[0])
+        ids = torch.randint(1000, 20000, (spec["batch_tokens"] // length, length), device=device)
         for name, model in (("bare", plain.base_model), ("whole_vocabulary", plain)):
 
-            def step(model: Any = model, ids: torch.Tensor = ids, whole: bool = model is plain) -> None:
-                with training_numbers(*numbers):
-                    out = model(
-                        input_ids=ids, attention_mask=torch.ones_like(ids), **({"labels": ids} if whole else {})
-                    )
-                    (out.loss if whole else out[0].float().sum()).backward()
-                model.zero_grad(set_to_none=True)
-                if numbers[0].type == "cuda":
+            def step(model: Any = model, ids: torch.Tensor = ids) -> None:
+                given = {"labels": ids} if model is plain else {}
+                with training_numbers(device, dtype):
+                    out = model(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
+                (out.loss if given else out[0].float().sum()).backward()
+                plain.zero_grad(set_to_none=True)
+                if device.type == "cuda":
                     torch.cuda.synchronize()
 
             step()
@@ -362,7 +365,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["score", "fit", "adapt", "peak"], default="score")
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--rows", type=int, default=4000, help="for clozeline; the others get fewer")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=50, help="for fit and adapt; adapt needs 40 or more")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -5,7 +5,8 @@
 DIR holds ``ag_news/train.parquet``; titles and descriptions of different rows are joined until there are as many
 distinct texts as are wanted, so that lengths are those of real text. Each stage runs in a process of its own, which
 tells its peak resident memory, its seconds, and the seconds that the model's forward passes took (for stages that
-score; training is left out). The task has two patterns, 40 labelled rows, the quick preset and the embedded model.
+score; training is left out). The task has two patterns, 40 labelled rows, the quick preset and by default
+the embedded model.
 
 The half million takes the embedded model an hour or two. ``--tiny`` puts a random model of two narrow layers in its
 place: for the stages that have nothing to do with a model.

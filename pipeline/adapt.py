@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from pipeline.base_model import BaseModel
-from pipeline.batching import by_length, pad, steps_by_length, token_budget
+from pipeline.batching import by_length, pad, steps_by_length
 from pipeline.cloze import ClozeModel, load_tokenizer
 from pipeline.errors import InputError, writing
 from pipeline.masking import Masked, inside_words, mask
@@ -219,7 +219,7 @@ class Adapting:
         )
 
     def _parts(self, lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        return by_length(lengths, token_budget(self.model.device))
+        return by_length(lengths, self.model.device)
 
     def _losses(
         self, encoded: Encoded, masked: Masked, rows: npt.NDArray[np.int64]

@@ -14,8 +14,9 @@ from pipeline.ragged import Numbers, Ragged
 # a third.
 TOKEN_BUDGET = 4096
 _CUDA_TOKEN_BUDGET = 65536
-# Attention's scores take rows * length^2 numbers: for longer rows a batch shrinks so that they take no more memory
-# than at this length, where they are as large as the widest activations. It is no slower.
+# Attention as it is computed on a CPU keeps rows * length^2 scores a head: for longer rows a batch shrinks so that they
+# take no more memory than at this length, where those of the embedded model are as large as its widest activations.
+# Measured with it: no slower.
 _SQUARE_FROM = 128
 # What one more forward and backward pass costs beside its tokens, in tokens: kernels started, weights cast.
 _PASS_TOKENS = 150
@@ -36,29 +37,29 @@ def batch_share() -> float:
     return _batch_share
 
 
-def token_budget(device: torch.device) -> int:
-    """The tokens of a batch that a device is busy with."""
-    return _CUDA_TOKEN_BUDGET if device.type == "cuda" else TOKEN_BUDGET
-
-
-def by_length(lengths: Sequence[int] | Numbers, token_budget: int = TOKEN_BUDGET) -> list[npt.NDArray[np.int64]]:
-    """Group row numbers into batches of similar length.
+def by_length(lengths: Sequence[int] | Numbers, device: torch.device) -> list[npt.NDArray[np.int64]]:
+    """Group row numbers into batches of similar length that keep a device busy.
 
     Args:
         lengths: tokens of each row.
-        token_budget: a batch's rows times its longest row stay within it (a single longer row excepted); where that
-            row is long, well within it.
+        device: where they will be computed.
 
     Returns:
-        Batches of row numbers, every row in exactly one; the longest rows first, so that running out of
-        memory shows at once.
+        Batches of row numbers, every row in exactly one, smaller under a `batch_share` below 1; the longest rows
+        first, so that running out of memory shows at once.
     """
-    budget = max(int(token_budget * _batch_share), 1)
+    cuda = device.type == "cuda"
+    budget = max(int((_CUDA_TOKEN_BUDGET if cuda else TOKEN_BUDGET) * _batch_share), 1)
+    if cuda:
+        return steps_by_length(lengths, budget)
     return _by_length(lengths, lambda longest: budget * min(_SQUARE_FROM, longest) // longest**2)
 
 
 def steps_by_length(lengths: Sequence[int] | Numbers, token_budget: int) -> list[npt.NDArray[np.int64]]:
-    """Batches within a budget whatever takes memory: for steps of training, whose rows must not depend on it."""
+    """Batches whose rows times longest row stay within a budget, but for a single longer row.
+
+    For steps of training, whatever the `batch_share`: which rows a step holds must not depend on memory.
+    """
     return _by_length(lengths, lambda longest: token_budget // longest)
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from pipeline.batching import by_length, pad, token_budget
+from pipeline.batching import by_length, pad
 from pipeline.errors import InputError
 from pipeline.precision import attention_for, scoring, silent_loading, training_numbers
 from pipeline.tables import Floats
@@ -339,7 +339,7 @@ class WordScorer:
         done, total = 0, rows * len(encoded)
         with self.model.scoring():
             for inputs in encoded.values():
-                for batch in by_length(inputs.tokens.lengths, token_budget(self.model.device)):
+                for batch in by_length(inputs.tokens.lengths, self.model.device):
                     ids, attention = pad(inputs.tokens, batch, pad_id, self.model.device)
                     at = torch.from_numpy(inputs.mask_at[batch]).to(self.model.device)
                     numbers, part = self.word_scores(ids, attention, at)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pipeline.annotators import Annotator, Labelled, Texts, method
+from pipeline.annotators import Annotator, Labelled, Progress, Texts, method, part_of
 from pipeline.base_model import BaseModel
 from pipeline.cross_validation import stratified_folds
 from pipeline.tables import Floats
 from pipeline.training import Diverged, seed_of
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def fit_annotator(
     def part(number: int) -> Progress | None:
         if progress is None:
             return None
-        return lambda done, total: progress(number * steps + done * steps // max(total, 1), rounds * steps)
+        return part_of(progress, number * steps, steps, rounds * steps)
 
     held_out, accuracy = None, None
     if folds is not None:

@@ -17,7 +17,7 @@ from pipeline.annotators import part_of
 from pipeline.device import numeric_profile
 from pipeline.errors import InputError, writing
 from pipeline.settings import Settings
-from pipeline.student import SETTINGS, Student
+from pipeline.student import SETTINGS, Student, sound
 from pipeline.tables import ColumnRoles
 from pipeline.versions import version_in_force
 
@@ -89,7 +89,7 @@ def predict_file(
 
     Raises:
         InputError: the file can't be read, lacks a text column, or has a column that would be added; or the target
-            can't be written.
+            can't be written; or the student's scores are no numbers.
     """
     from datasets import ClassLabel, Features, List, Value
 
@@ -133,7 +133,7 @@ def _labelled(student: Student, batch: pa.RecordBatch, progress: Callable[[int, 
         name: ["" if text is None else text for text in tables.as_strings(batch.column(name)).to_pylist()]
         for name in student.template.columns
     }
-    probabilities = np.exp(student.log_probabilities(texts, progress))
+    probabilities = np.exp(sound(student.log_probabilities(texts, progress)))
     chosen = probabilities.argmax(axis=1)
     return [
         *batch.columns,

@@ -306,7 +306,8 @@ def fit(job: Job) -> dict[str, Any]:
     """Train one annotator on the labelled and the drawn rows, and cross-validate it.
 
     Leaves ``annotator/`` and, where there are folds, ``cv.parquet``: out-of-fold log-probabilities. Where training
-    diverges it leaves neither, and ``diverged`` says why: equal inputs diverge alike, so that nobody need try again.
+    diverges, or held-out scores are no numbers, it leaves neither, and ``diverged`` says why: equal inputs diverge
+    alike, so that nobody need try again.
 
     Rows are drawn for iPET's later generations, which have no folds: their teachers saw every labelled row, so that
     a held-out one would be judged by those who know it. The cross-validation of generation 0 stands for all.
@@ -498,7 +499,7 @@ def label(job: Job) -> dict[str, Any]:
     Raises:
         InputError: scores are no numbers.
     """
-    from pipeline.student import Student
+    from pipeline.student import Student, sound
 
     student = Student.load(job.inputs["distill"].path / "model", job.spec["profile"])
     rows = Rows(job.inputs["rows"].path)
@@ -513,14 +514,8 @@ def label(job: Job) -> dict[str, Any]:
             group, new = repeats.group[here], repeats.occurrence[here] == 1
             scores = np.zeros((batch.num_rows, labels), dtype=np.float32)
             texts = texts_of(batch.filter(pa.array(new)))
-            scores[new] = student.log_probabilities(texts, part_of(job.progress, done, batch.num_rows, total))
-            strange = np.flatnonzero(~np.isfinite(scores).all(axis=1))
-            if len(strange):
-                raise InputError(
-                    f"the student's scores of row {done + strange[0]} are no numbers: its training broke its weights",
-                    where="student",
-                    fix="lower student.learning_rate, or take another base_model",
-                )
+            progress = part_of(job.progress, done, batch.num_rows, total)
+            scores[new] = sound(student.log_probabilities(texts, progress))
             known[group[new & (group >= 0)]] = scores[new & (group >= 0)]
             scores[~new] = known[group[~new]]
             writer.write_batch(pa.record_batch([to_lists(scores)], schema=schema))

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.annotators import Labelled, Progress, Texts
 from pipeline.base_model import BaseModel
-from pipeline.batching import by_length, pad, split_by_length, token_budget
+from pipeline.batching import by_length, pad, split_by_length
 from pipeline.cloze import load_tokenizer
 from pipeline.errors import InputError
 from pipeline.precision import attention_for, exact_outputs, scoring, training_numbers
@@ -102,13 +102,29 @@ class Student:
         result = np.zeros((len(distinct), len(self.labels)), dtype=np.float32)
         done = 0
         with scoring(self.model, self.model.base_model, self.dtype):
-            for batch in by_length(tokens.lengths[distinct], token_budget(self.device)):
+            for batch in by_length(tokens.lengths[distinct], self.device):
                 logits = self.logits(tokens, distinct[batch])
                 result[batch] = logits.log_softmax(-1).cpu().numpy()
                 done += len(batch)
                 if progress:
                     progress(done, len(distinct))
         return result[position]
+
+
+def sound(scores: Floats) -> Floats:
+    """A student's scores, if they can be used.
+
+    Raises:
+        InputError: some are no numbers.
+    """
+    strange = int((~np.isfinite(scores)).any(axis=1).sum())
+    if strange:
+        raise InputError(
+            f"the student's scores of {strange} of {len(scores)} rows are no numbers",
+            where="student",
+            fix="lower student.learning_rate, or take another base_model",
+        )
+    return scores
 
 
 def distill(

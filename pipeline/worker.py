@@ -82,7 +82,8 @@ class StageProcess:
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Each batch has a shape of its own, and oneDNN would keep what it made for the last thousand: some 300 MB.
         environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-        # Tensors of ever other sizes leave holes in the heap; the largest ones are mapped, and given back at once.
+        # With a threshold of its own choice glibc also chooses how much free room it keeps at the heap's end; with a
+        # fixed one it gives that back: some 100 MB less in scoring, in the same time.
         environment.setdefault("MALLOC_MMAP_THRESHOLD_", "33554432")
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device

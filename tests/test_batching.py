@@ -7,33 +7,52 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.batching import batch_share, by_length, pad, set_batch_share, split_by_length, steps_by_length
+from pipeline.batching import (
+    TOKEN_BUDGET,
+    batch_share,
+    by_length,
+    pad,
+    set_batch_share,
+    split_by_length,
+    steps_by_length,
+)
 from pipeline.ragged import Ragged
 
 lengths_of_rows = st.lists(st.integers(0, 300), max_size=60)
 
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def rows_in(batches: list[np.ndarray]) -> list[int]:
+    return [i for batch in batches for i in batch.tolist()]
+
+
 @given(lengths_of_rows, st.integers(1, 1000))
-def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    batches = by_length(lengths, budget)
-    assert sorted(i for batch in batches for i in batch.tolist()) == list(range(len(lengths)))
+def test_steps_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = steps_by_length(lengths, budget)
+    assert sorted(rows_in(batches)) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) > 0
-        longest = max(lengths[i] for i in batch)
-        assert len(batch) == 1 or len(batch) * longest <= budget
-        assert len(batch) == 1 or len(batch) * longest**2 <= budget * 128
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
 
 
-def test_batches_are_full_up_to_the_length_from_which_attention_takes_the_memory() -> None:
-    assert [len(batch) for batch in by_length([128] * 32, 4096)] == [32]
-    assert [len(batch) for batch in by_length([256] * 32, 4096)] == [8] * 4
-    assert [len(batch) for batch in steps_by_length([256] * 32, 4096)] == [16] * 2
+@given(st.lists(st.integers(0, 600), max_size=60), st.sampled_from([CPU, CUDA]))
+def test_batches_hold_every_row_once_and_the_longest_first(lengths: list[int], device: torch.device) -> None:
+    order = rows_in(by_length(lengths, device))
+    assert sorted(order) == list(range(len(lengths)))
+    assert [lengths[i] for i in order] == sorted(lengths, reverse=True)
 
 
-@given(lengths_of_rows, st.integers(1, 1000))
-def test_the_longest_rows_come_first(lengths: list[int], budget: int) -> None:
-    order = [lengths[i] for batch in by_length(lengths, budget) for i in batch]
-    assert order == sorted(lengths, reverse=True)
+def test_batches_for_a_cpu_are_full_up_to_the_length_from_which_attention_takes_the_memory() -> None:
+    def sizes(length: int, device: torch.device) -> list[int]:
+        return [len(batch) for batch in by_length([length] * 64, device)]
+
+    assert sizes(64, CPU) == [64]
+    assert sizes(128, CPU) == [32] * 2
+    assert sizes(256, CPU) == [8] * 8
+    assert sizes(512, CPU) == [2] * 32
+    assert sizes(512, CUDA) == [64]
 
 
 @given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=12), min_size=1, max_size=8))
@@ -70,14 +89,14 @@ def test_texts_of_one_length_stay_together() -> None:
     assert len(split_by_length([64] * 16)) == 1
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.sampled_from([0.5, 0.25]))
+@given(st.lists(st.integers(1, 120), min_size=1, max_size=90), st.sampled_from([0.5, 0.25]))
 def test_half_batches_hold_every_row_once_in_pieces_of_that_share(lengths: list[int], share: float) -> None:
     set_batch_share(share)
     try:
         assert batch_share() == share
-        pieces, batches = split_by_length(lengths), by_length(lengths, 240)
+        pieces, batches = split_by_length(lengths), by_length(lengths, CPU)
     finally:
         set_batch_share(1.0)
     assert sorted(i for piece in pieces for i in piece.tolist()) == list(range(len(lengths)))
     assert max(len(piece) for piece in pieces) <= max(int(len(lengths) * share), 1)
-    assert max(len(batch) * max(lengths[i] for i in batch) for batch in batches) <= max(240 * share, max(lengths))
+    assert max(len(batch) * max(lengths[i] for i in batch) for batch in batches) <= TOKEN_BUDGET * share

@@ -18,6 +18,7 @@ from pipeline.annotators import Progress, Texts
 from pipeline.annotators.pet import PetAnnotator
 from pipeline.errors import InputError
 from pipeline.metrics import METHODS
+from pipeline.predict import predict_file
 from pipeline.stages import run_stage
 from pipeline.store import sha256_of
 from pipeline.student import Student
@@ -165,7 +166,10 @@ def metrics_of(run: Run) -> Any:
     return json.loads((run.version / "metrics.json").read_text())
 
 
-def test_student_whose_scores_are_no_numbers_labels_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_student_whose_scores_are_no_numbers_labels_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run()
     real = Student.log_probabilities
 
     def log_probabilities(self: Student, texts: Texts, progress: Progress | None = None) -> Floats:
@@ -174,9 +178,16 @@ def test_student_whose_scores_are_no_numbers_labels_nothing(run: Run, monkeypatc
         return scores
 
     monkeypatch.setattr(Student, "log_probabilities", log_probabilities)
-    with pytest.raises(InputError, match="the student's scores of row 3 are no numbers") as told:
+    [source] = run.path.parent.glob("unlabelled*.parquet")
+    told = "the student's scores of 2 of .* rows are no numbers"
+    with pytest.raises(InputError, match=told):
+        predict_file(run.version, source, tmp_path / "out.parquet")
+    assert not list(tmp_path.glob("*out*"))
+    for call in run.plan().find("label"):
+        run.store.discard(call.stage, call.key)
+    with pytest.raises(InputError, match=told) as error:
         run()
-    assert "lower student.learning_rate" in str(told.value)
+    assert "lower student.learning_rate" in str(error.value)
 
 
 def test_annotator_whose_weights_are_no_numbers_leaves_no_scores_and_is_left_out(run: Run) -> None:

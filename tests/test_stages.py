@@ -15,12 +15,14 @@ import pytest
 from datasets import ClassLabel, load_dataset
 
 from pipeline import tables
+from pipeline.annotators import Progress, Texts
+from pipeline.annotators.pet import PetAnnotator
 from pipeline.checks import check_task
 from pipeline.errors import InputError
 from pipeline.predict import predict_file
 from pipeline.stages import run_stage
 from pipeline.store import Artifact
-from pipeline.tables import from_lists
+from pipeline.tables import Floats, from_lists
 from pipeline.task import Task
 from tests.conftest import BAD, GOOD, sentence
 from tests.stage_run import Run
@@ -162,21 +164,33 @@ def test_same_task_in_a_fresh_store_gives_the_same_bytes(tiny_task: MakeTask, tm
 def test_rows_are_scored_some_at_a_time_with_the_same_scores(
     tiny_task: MakeTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    real, at_once = PetAnnotator.log_probabilities, list[int]()
+
+    def log_probabilities(self: PetAnnotator, texts: Texts, progress: Progress | None = None) -> Floats:
+        scores = real(self, texts, progress)
+        if progress:  # as when a stage scores, not when a fit is cross-validated
+            at_once.append(len(scores))
+        return scores
+
     def scores(folder: str) -> dict[str, np.ndarray]:
-        run = Run(tiny_task(folder))
-        run()
-        found = {}
-        for call in [*run.plan().find("annotate"), *run.plan().find("label")]:
-            artifact = run.store.find(call.stage, call.key)
-            assert artifact is not None
-            found[call.title] = from_lists(pq.read_table(artifact.path / "scores.parquet").column(0))
+        run, found = Run(tiny_task(folder)), {}
+        for call in run.plan().calls:
+            told: list[tuple[int, int]] = []
+            artifact, _ = run_stage(call.request(run.store), lambda *said, told=told: told.append(said))
+            if call.stage in {"annotate", "label"}:
+                found[call.title] = from_lists(pq.read_table(artifact.path / "scores.parquet").column(0))
+                assert told == sorted(told)
+                assert told[-1] == (len(found[call.title]),) * 2
         return found
 
+    monkeypatch.setattr(PetAnnotator, "log_probabilities", log_probabilities)
     whole = scores("whole")
+    assert max(at_once) > 7
+    at_once.clear()
     monkeypatch.setattr(tables, "BATCH_ROWS", 7)
     for title, some in scores("some").items():
-        assert len(some) > 7
         assert np.allclose(some, whole[title], atol=1e-5)
+    assert max(at_once) == 7
 
 
 def test_release_holds_every_row_once_with_the_users_columns(run: Run) -> None:

@@ -160,7 +160,10 @@ def test_rows_encoded_in_pieces_are_those_encoded_at_once(
     pattern: str, truncation: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = Encoder(_cached_tokenizer(tiny_model), 24, truncation)
-    columns = {name: [f"{name} " * (i * step % 30) for i in range(8)] for name, step in (("text", 7), ("other", 11))}
+    columns = {
+        name: [" ".join(VOCABULARY[i * 13 + step : i * 13 + step + i * step % 30]) for i in range(8)]
+        for name, step in (("text", 7), ("other", 11))
+    }
     whole = encoder.encode(Template.parse(pattern), columns, masks=2)
     assert 0 < whole.shortened.sum() < 8
     monkeypatch.setattr(template, "_ROWS_AT_ONCE", 3)

@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 from pipeline.annotators import Labelled, Progress, Texts
 from pipeline.base_model import BaseModel
-from pipeline.batching import by_length, pad, token_budget
+from pipeline.batching import by_length, pad
 from pipeline.cloze import load_tokenizer
 from pipeline.precision import scoring
 from pipeline.tables import Floats
@@ -42,7 +42,7 @@ class EmbeddingClassifier:
         result = np.zeros((len(tokens), self.model.config.hidden_size), dtype=np.float32)
         done = 0
         with scoring(self.model, self.model, self.dtype):
-            for batch in by_length(tokens.lengths, token_budget(self.device)):
+            for batch in by_length(tokens.lengths, self.device):
                 ids, attention = pad(tokens, batch, self.pad_id, self.device)
                 hidden = self.model(input_ids=ids, attention_mask=attention).last_hidden_state.float()
                 mean = (hidden * attention[..., None]).sum(1) / attention.sum(1, keepdim=True)
