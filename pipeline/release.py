@@ -285,7 +285,8 @@ class _Writer:
             for start, batch, scores in self._labelled_batches(number) if mine else ():
                 for row in sorted(mine & set(range(start, start + batch.num_rows))):
                     at = row - start
-                    one = self._columns(batch.slice(at, 1)) | self._scores(scores[at : at + 1])
+                    # Taken, not sliced: a slice would keep its whole batch, and the queue has rows of nearly all.
+                    one = self._columns(batch.take(pa.array([at]))) | self._scores(scores[at : at + 1])
                     found[number, row] = self._batch(one, 1)
         table = pa.Table.from_batches([found[place] for place in places])
         for name in ("votes", "disagreement", "priority", "reasons"):
