@@ -166,7 +166,7 @@ def test_watch_announces_what_lands_and_survives_a_broken_task(client: dict[str,
         assert "b.parquet" in line
         assert "a.parquet" not in line
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(60) == 130
     assert sorted(event["payload"]["rows"] for event in announced(client, task, count=2)) == [3, 7]
 
 
