@@ -60,8 +60,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `pipeline.worker`; read when torch is imported
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+from pipeline.worker import NATIVE_SETTINGS
+
+os.environ.update({**NATIVE_SETTINGS, **os.environ})  # before torch is imported
 
 import numpy as np
 import numpy.typing as npt

@@ -24,9 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `pipeline.worker`; read when torch is imported
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "33554432")  # for the processes that are started here
+from pipeline.worker import NATIVE_SETTINGS
+
+os.environ.update({**NATIVE_SETTINGS, **os.environ})  # before torch is imported
 
 import numpy as np
 import pyarrow as pa

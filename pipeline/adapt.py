@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,11 +37,11 @@ from pipeline.cloze import ClozeModel, load_tokenizer
 from pipeline.errors import InputError, writing
 from pipeline.masking import Masked, inside_words, mask
 from pipeline.precision import attention_for, silent_loading
+from pipeline.progress import Progress
 from pipeline.store import canonical_json, sync_tree
 from pipeline.template import Encoded, Encoder
 from pipeline.training import CLIP, Diverged, optimizer_for, prepare_for_few_steps, seed_of
 
-Progress = Callable[[int, int], None]
 Point = dict[str, float]
 
 EVALUATIONS = 20  # and checkpoints

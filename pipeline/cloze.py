@@ -12,7 +12,7 @@ model proves itself when it is loaded: what does not give the logits of its own 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -27,11 +27,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from pipeline.batching import by_length, pad
 from pipeline.errors import InputError
 from pipeline.precision import attention_for, scoring, silent_loading, training_numbers
+from pipeline.progress import Progress
 from pipeline.tables import Floats
 from pipeline.template import Encoded
 from pipeline.verbalizer import Verbalizer
 
-Progress = Callable[[int, int], None]
 Shortcut = Literal["label words", "positions", "none"]
 _DELTA = "delta.safetensors"
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.annotators import Annotator, Labelled, Progress, Texts, method, part_of
+from pipeline.annotators import Annotator, Labelled, Texts, method
 from pipeline.base_model import BaseModel
 from pipeline.cross_validation import stratified_folds
+from pipeline.progress import Progress, part_of
 from pipeline.tables import Floats
 from pipeline.training import Diverged, seed_of
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import locations, tables, transfer
-from pipeline.annotators import part_of
 from pipeline.device import numeric_profile
 from pipeline.errors import InputError, writing
+from pipeline.progress import Progress, part_of
 from pipeline.settings import Settings
 from pipeline.student import SETTINGS, Student, sound
 from pipeline.tables import ColumnRoles
@@ -73,9 +72,7 @@ def _footer(source: pa.Schema, added: Any) -> dict[bytes, bytes]:
     return footer | dict(features.arrow_schema.metadata)
 
 
-def predict_file(
-    student: Path | str, source: Path, target: Path, progress: Callable[[int, int], None] = lambda done, total: None
-) -> int:
+def predict_file(student: Path | str, source: Path, target: Path, progress: Progress = lambda done, total: None) -> int:
     """Write a copy of a Parquet file with the student's label, confidence and distribution for each row.
 
     Args:
@@ -127,7 +124,7 @@ def predict_file(
     return total
 
 
-def _labelled(student: Student, batch: pa.RecordBatch, progress: Callable[[int, int], None]) -> list[pa.Array]:
+def _labelled(student: Student, batch: pa.RecordBatch, progress: Progress) -> list[pa.Array]:
     """The columns of some rows, and those that are added."""
     texts = {
         name: ["" if text is None else text for text in tables.as_strings(batch.column(name)).to_pylist()]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pipeline import tables
 from pipeline.ensemble import disagreement, margin
 from pipeline.exports import export_queue
 from pipeline.prepare import Renames, excluded_rows
+from pipeline.progress import Progress
 from pipeline.report import CARD, dataset_card, html_report
 from pipeline.routing import ROUTES, priorities, reasons
 from pipeline.store import Artifact, sha256_of
@@ -84,7 +85,7 @@ def write_release(
     inputs: Mapping[str, Artifact],
     out: Path,
     key: str,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Write ``out/version``: data, card, report, metrics and manifest (the student's ``model`` is moved in)."""
     writer = _Writer(spec, inputs, out / VERSION)
@@ -300,7 +301,7 @@ class _Writer:
         column = pa.array(np.full(table.num_rows, ROUTES.index(route)), pa.int64())
         return table.set_column(table.schema.get_field_index("route"), self.schema.field("route"), column)
 
-    def rest(self, progress: Callable[[int, int], None]) -> int:
+    def rest(self, progress: Progress) -> int:
         """Every other row, in the order of the files, `ROWS_PER_FILE` a file."""
         total = sum(rows.count for rows in self.rows)
         expected = total - sum(len(left_out) for left_out in self.left_out)

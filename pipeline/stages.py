@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import tables
-from pipeline.annotators import Labelled, method, part_of
+from pipeline.annotators import Labelled, method
 from pipeline.base_model import EMBEDDED, BaseModel, resolve_base_model
 from pipeline.batching import batch_share
 from pipeline.device import device_name, numeric_profile
@@ -35,6 +35,7 @@ from pipeline.ipet import Selection, select_rows
 from pipeline.locations import is_url
 from pipeline.metrics import METHODS, classification_metrics
 from pipeline.prepare import excluded_rows, prepare_rows
+from pipeline.progress import Progress, part_of
 from pipeline.ragged import Numbers, offsets_of
 from pipeline.repeats import Hashes, find_repeats, gather, hashes_of_hex, on_disk
 from pipeline.routing import CANDIDATES_PER_ROW, lowest
@@ -45,7 +46,6 @@ from pipeline.template import Template
 from pipeline.training import Diverged, seed_of
 from pipeline.transfer import fetch_file, fetch_tree
 
-Progress = Callable[[int, int], None]
 _CHECKPOINT_SECONDS = 7 * 86_400.0
 
 
@@ -216,7 +216,7 @@ def sample(job: Job) -> dict[str, Any]:
                 chosen = np.sort(np.concatenate([chosen, fresh]))[: job.spec["rows"]]
     if not len(chosen):
         raise InputError("there is no unlabelled row left once labelled and test rows are set aside", where="inputs")
-    names = _hash_and_texts(shards[0])
+    names = ["content_hash", *shards[0].text_columns]
     picked, found = list[pa.RecordBatch](), np.zeros(len(chosen), dtype=np.bool_)
     for rows in shards:
         for batch in rows.batches(names):
@@ -229,11 +229,6 @@ def sample(job: Job) -> dict[str, Any]:
     table = pa.Table.from_batches(picked).sort_by("content_hash")
     tables.write_table(job.out / "rows.parquet", table)
     return {"rows": table.num_rows, "pool_rows": int(sum(rows.count for rows in shards))}
-
-
-def _hash_and_texts(rows: Rows) -> list[str]:
-    """The names of the columns that models read, and of the one that stands for them."""
-    return [name for name in rows.schema.names if name == "content_hash" or name.startswith(tables.TEXT)]
 
 
 def _refuse_forgotten(hashes: Hashes, forgotten: Hashes, name: str) -> None:
@@ -575,7 +570,7 @@ def _candidates(shards: list[Rows], best: Numbers, margins: Floats) -> pa.Table:
 
 def _take(rows: Rows, at: Numbers, shard: int, margins: Floats) -> pa.Table:
     """Some rows of a shard with their place and margin."""
-    table = rows.take(at, _hash_and_texts(rows))
+    table = rows.take(at, ["content_hash", *rows.text_columns])
     table = table.append_column("shard", pa.array(np.full(len(at), shard), pa.int64()))
     table = table.append_column("row", pa.array(at, pa.int64()))
     return table.append_column("margin", pa.array(margins, pa.float32()))

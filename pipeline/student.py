@@ -18,12 +18,13 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
-from pipeline.annotators import Labelled, Progress, Texts
+from pipeline.annotators import Labelled, Texts
 from pipeline.base_model import BaseModel
 from pipeline.batching import by_length, pad, split_by_length
 from pipeline.cloze import load_tokenizer
 from pipeline.errors import InputError
 from pipeline.precision import attention_for, exact_outputs, scoring, training_numbers
+from pipeline.progress import Progress
 from pipeline.ragged import Ragged
 from pipeline.store import canonical_json
 from pipeline.tables import Floats

@@ -425,6 +425,11 @@ def holds_content(location: str, contents: Collection[str]) -> bool:
         return any(pc.any(pc.is_in(batch.column(0), wanted)).as_py() for batch in batches)
 
 
+def text_columns(schema: pa.Schema) -> list[str]:
+    """The names of the columns that hold texts."""
+    return [name for name in schema.names if name.startswith(TEXT)]
+
+
 class Rows:
     """Rows as the stages leave them.
 
@@ -443,7 +448,7 @@ class Rows:
     @property
     def text_columns(self) -> list[str]:
         """The names of the columns that hold texts."""
-        return [name for name in self.schema.names if name.startswith(TEXT)]
+        return text_columns(self.schema)
 
     def read(self, columns: list[str] | None = None) -> pa.Table:
         """All rows at once; for the labelled, test, transfer and queue sets, which are small."""
@@ -477,9 +482,7 @@ class Rows:
 
 def texts_of(table: pa.Table | pa.RecordBatch) -> dict[str, list[str]]:
     """The text columns of rows, by the names that patterns use."""
-    return {
-        name.removeprefix(TEXT): table.column(name).to_pylist() for name in table.schema.names if name.startswith(TEXT)
-    }
+    return {name.removeprefix(TEXT): table.column(name).to_pylist() for name in text_columns(table.schema)}
 
 
 def probability_type(labels: int) -> pa.DataType:

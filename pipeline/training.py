@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import ClozelineError
+from pipeline.progress import Progress
 
-Progress = Callable[[int, int], None]
 CLIP, _WEIGHT_DECAY = 1.0, 0.01  # paper, table 5
 
 

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,9 @@ from pipeline.errors import (
     StageLost,
     rebuilt,
 )
+from pipeline.progress import Progress
 from pipeline.settings import Settings
 
-Progress = Callable[[int, int], None]
 _PROGRESS_SECONDS = 0.2
 _ALIVE_SECONDS = 30.0
 _LIFE_LINE = "CLOZELINE_LIFE_LINE"
@@ -50,6 +50,17 @@ CORES = len(os.sched_getaffinity(0))
 # two cores busy (measured on two cores, steps a second: one fit on two threads 4.6, two fits on one thread each
 # 6.3). The number of threads is fixed for each stage, since it may change the last bits of a result.
 LANES = min(CORES, 2)
+# What native libraries read from the environment when a process starts or torch is imported; the user's own win.
+NATIVE_SETTINGS = {
+    # Threads that spin while they wait starve whatever else runs on the machine, another worker above all:
+    # two fits side by side on two cores took five times as long as with threads that sleep.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Each batch has a shape of its own, and oneDNN would keep what it made for the last thousand: some 300 MB.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+    # With a threshold of its own choice glibc also chooses how much free room it keeps at the heap's end; with a
+    # fixed one it gives that back: some 100 MB less in scoring, in the same time.
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+}
 # How an allocation that failed shows where no Python exception could be raised any more.
 _NO_MEMORY = (
     "bad_alloc",
@@ -76,15 +87,8 @@ class StageProcess:
 
     def __init__(self, device: str | None = None) -> None:
         Settings()  # a wrong one is told here rather than by a process that can't start
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        # Threads that spin while they wait starve whatever else runs on the machine, another worker above all:
-        # two fits side by side on two cores took five times as long as with threads that sleep.
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # Each batch has a shape of its own, and oneDNN would keep what it made for the last thousand: some 300 MB.
-        environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-        # With a threshold of its own choice glibc also chooses how much free room it keeps at the heap's end; with a
-        # fixed one it gives that back: some 100 MB less in scoring, in the same time.
-        environment.setdefault("MALLOC_MMAP_THRESHOLD_", "33554432")
+        environment = {**NATIVE_SETTINGS, **os.environ}
+        environment |= {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         self._stopped = False

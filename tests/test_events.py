@@ -73,7 +73,15 @@ def clozeline(environment: dict[str, str], *arguments: str) -> subprocess.Comple
 @contextlib.contextmanager
 def watching(environment: dict[str, str], task: Path) -> Iterator[Any]:
     command = [sys.executable, "-m", "flows.cli", "watch", str(task), "--every", "0.2"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores interrupts, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         yield process
     finally:
@@ -166,7 +174,7 @@ def test_watch_announces_what_lands_and_survives_a_broken_task(client: dict[str,
         assert "b.parquet" in line
         assert "a.parquet" not in line
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(20) == 130
     assert sorted(event["payload"]["rows"] for event in announced(client, task, count=2)) == [3, 7]
 
 

@@ -12,7 +12,7 @@ JSON mapping, so that it can be part of a content key.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,21 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.base_model import BaseModel
+from pipeline.progress import Progress
 from pipeline.tables import Floats
 
 Texts = Mapping[str, Sequence[str]]
-Progress = Callable[[int, int], None]
 METHODS = {
     "pet": "pipeline.annotators.pet",
     "fine-tune": "pipeline.annotators.fine_tune",
     "embedding": "pipeline.annotators.embedding",
     "tfidf-nb": "pipeline.annotators.tfidf_nb",
 }
-
-
-def part_of(progress: Progress, start: int, rows: int, total: int) -> Progress:
-    """Progress of some rows, however it counts, as progress of all rows: those from ``start`` on, of ``total``."""
-    return lambda done, of: progress(start + rows * done // max(of, 1), total)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel
 
-from pipeline.annotators import Labelled, Progress, Texts
+from pipeline.annotators import Labelled, Texts
 from pipeline.base_model import BaseModel
 from pipeline.batching import by_length, pad
 from pipeline.cloze import load_tokenizer
 from pipeline.precision import scoring
+from pipeline.progress import Progress
 from pipeline.tables import Floats
 from pipeline.template import Encoder, Template
 

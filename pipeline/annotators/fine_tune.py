@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.annotators import Labelled, Progress, Texts
+from pipeline.annotators import Labelled, Texts
 from pipeline.base_model import BaseModel
+from pipeline.progress import Progress
 from pipeline.student import Student, distill
 
 

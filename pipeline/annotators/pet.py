@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from pipeline.annotators import Labelled, Progress, Texts
+from pipeline.annotators import Labelled, Texts
 from pipeline.base_model import BaseModel
 from pipeline.batching import pad, split_by_length
 from pipeline.cloze import ClozeModel, WordScorer, load_tokenizer, stack_words
 from pipeline.masking import mask
+from pipeline.progress import Progress
 from pipeline.store import canonical_json
 from pipeline.tables import Floats
 from pipeline.template import Encoded, Encoder, Template

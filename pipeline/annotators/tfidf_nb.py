@@ -15,8 +15,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.naive_bayes import ComplementNB
 from sklearn.pipeline import make_pipeline
 
-from pipeline.annotators import Labelled, Progress, Texts
+from pipeline.annotators import Labelled, Texts
 from pipeline.base_model import BaseModel
+from pipeline.progress import Progress
 from pipeline.tables import Floats
 from pipeline.template import Template
 

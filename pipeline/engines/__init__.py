@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from pipeline.progress import Progress, part_of
+
 Request = Mapping[str, Any]
-Progress = Callable[[int, int], None]
 
 
 class Engine(Protocol):
@@ -49,12 +50,7 @@ def in_turn(
     """
     if len(requests) == 1:
         return [run(requests[0], progress)]
-    results = []
-    for number, request in enumerate(requests):
-
-        def part(done: int, total: int, number: int = number) -> None:
-            progress(number * 1000 + 1000 * done // max(total, 1), len(requests) * 1000)
-
-        results.append(run(request, part))
-    progress(len(requests) * 1000, len(requests) * 1000)
+    total = len(requests) * 1000
+    results = [run(request, part_of(progress, 1000 * i, 1000, total)) for i, request in enumerate(requests)]
+    progress(total, total)
     return results

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from pipeline.engines import Progress, Request
+from pipeline.engines import Request
 from pipeline.engines.remote import imported, results_of, run_here
 from pipeline.errors import RunStopped, StageLost
+from pipeline.progress import Progress
 from pipeline.settings import Settings
 from pipeline.worker import LANES, StageProcess
 

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipeline.device import visible_cuda_devices
-from pipeline.engines import Progress, Request, in_turn
+from pipeline.engines import Request, in_turn
 from pipeline.errors import RunStopped
+from pipeline.progress import Progress
 from pipeline.settings import Settings
 from pipeline.worker import LANES, StageProcess
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from pipeline.engines import Progress, Request
+from pipeline.engines import Request
 from pipeline.engines.remote import imported, results_of, run_here
 from pipeline.errors import RunStopped, StageFailed, StageLost
+from pipeline.progress import Progress
 from pipeline.settings import Settings
 from pipeline.worker import CORES, LANES
 

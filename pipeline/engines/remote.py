@@ -6,8 +6,9 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.engines import Progress, Request, in_turn
+from pipeline.engines import Request, in_turn
 from pipeline.errors import ClozelineError, InputError, StageFailed, rebuilt
+from pipeline.progress import Progress
 from pipeline.worker import StageProcess
 
 
