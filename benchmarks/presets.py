@@ -88,9 +88,9 @@ def judged(
         uses["vectors"] = ("embedding", labelled)
         for place in bases:
             base = resolve_base_model(place, headless=True)
-            for use, (name, taught) in uses.items():
+            for use, (kind, taught) in uses.items():
                 start = time.perf_counter()
-                trained = method(name).train(reads, taught, transfer.texts, base, profile, seed)
+                trained = method(kind).train(reads, taught, transfer.texts, base, profile, seed)
                 scores = trained.log_probabilities(rows.texts)
                 seconds = time.perf_counter() - start
                 yield {place: use}, float((scores.argmax(axis=1) == rows.labels).mean()), seconds

@@ -15,11 +15,12 @@ import pytest
 from datasets import ClassLabel, load_dataset
 
 from pipeline import tables
-from pipeline.annotators import Progress, Texts
+from pipeline.annotators import Texts
 from pipeline.annotators.pet import PetAnnotator
 from pipeline.checks import check_task
 from pipeline.errors import InputError
 from pipeline.predict import predict_file
+from pipeline.progress import Progress
 from pipeline.stages import run_stage
 from pipeline.store import Artifact
 from pipeline.tables import Floats, from_lists
@@ -218,6 +219,21 @@ def test_queue_is_in_order_of_priority_with_every_annotators_vote(run: Run) -> N
     assert all([vote["annotator"] for vote in row["votes"]] == ["p0", "p1"] for row in queue)
     assert all(row["reasons"] for row in queue)
     assert all(row["votes"] is None and row["priority"] is None for row in run.rows("rest"))
+
+
+def test_queue_holds_its_rows_and_not_the_batches_they_came_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[float] = []
+    write = tables.write_table
+
+    def spy(path: Path, table: pa.Table) -> None:
+        if path.name.startswith("review"):  # its rows are five of the one batch that is the pool
+            held.append(table.column("text").chunk(0).get_total_buffer_size() / table.column("text").chunk(0).nbytes)
+        write(path, table)
+
+    monkeypatch.setattr(tables, "write_table", spy)
+    run()
+    assert len(held) == 1
+    assert held[0] < 1.5
 
 
 def test_release_loads_in_datasets_with_class_names_and_fixed_lengths(run: Run) -> None:
