@@ -38,8 +38,10 @@ or not, but never on those that are scored. The seconds of that are in no method
 `seconds` is what the method needs from the rows to the test scores: for best-annotator, ensemble, student and iPET
 that includes all fits and their cross-validation.
 
-Each finished cell is appended to ``--out``; a cell that is there, from the same data, settings and
-kind of machine, is not run again.
+Each finished cell is appended to ``--out``; a cell that is there, from the same data and settings, is not run again.
+It may come from another machine, where numbers are rounded otherwise (the line tells device and numbers): what is
+compared is always of one cell. So a table can be made on several days and machines; the cells of that in
+docs/benchmarks.md are in ``benchmarks/quality.jsonl``.
 """
 
 from __future__ import annotations
@@ -288,7 +290,6 @@ class Dataset:
                 "student": {**task.resolved("student"), "template": task.student_template},
                 "fine_tune": FINE_TUNE,
                 "base": self.base.weights,
-                "profile": dict(self.profile),
                 "stages": {name: STAGE_VERSIONS[name] for name in ("fit", "annotate", "blend", "distill", "label")},
                 "cap": self.cap,
                 "labels": labels,
@@ -692,7 +693,14 @@ def run(
             began = time.perf_counter()
             records = run_cell(loaded, number, seed)
             results.add(
-                key, records, dataset=loaded.name, labels=number, seed=seed, cap=cap, test_rows=len(loaded.test)
+                key,
+                records,
+                dataset=loaded.name,
+                labels=number,
+                seed=seed,
+                cap=cap,
+                test_rows=len(loaded.test),
+                profile=dict(loaded.profile),
             )
             ended = time.perf_counter()
             left = sum(expected[i + 1 :]) * (ended - start) / sum(expected[: i + 1])

@@ -301,6 +301,7 @@ def test_teacher_whose_scores_are_no_numbers_teaches_nobody(run: Run, break_scor
 
 
 @pytest.mark.prefect
+@pytest.mark.server
 def test_command_warns_of_who_was_left_out_and_fails_with_2_when_too_few_are_left(
     make: Callable[..., Run], machine: Machine
 ) -> None:

@@ -67,6 +67,7 @@ def test_run_killed_at_any_moment_ends_with_the_same_bytes(
     assert not list(tmp.iterdir())
 
 
+@pytest.mark.server
 def test_lost_stage_process_is_retried(machine: Machine, tiny_task: MakeTask) -> None:
     process = machine.start("run", str(tiny_task(changes={"training": {"steps": 60}})), "--json")
     until = time.monotonic() + 60
@@ -101,6 +102,7 @@ def test_ctrl_c_stops_and_leaves_no_process(machine: Machine, tiny_task: MakeTas
     machine.wait_until_nothing_runs()
 
 
+@pytest.mark.server
 def test_a_version_that_looks_worse_fails_the_run_and_promote_puts_it_in_force(
     machine: Machine, tiny_task: MakeTask, prefect_home: Path
 ) -> None:

@@ -300,6 +300,7 @@ def test_artifacts_that_lost_a_byte_are_built_again_to_the_same_bytes(run: Run) 
 
 
 @pytest.mark.prefect
+@pytest.mark.server
 def test_two_runs_at_once_on_one_store_give_the_same_bytes(machine: Machine, run: Run, tmp_path: Path) -> None:
     outs = [str(tmp_path / name) for name in ("one", "two")]
     running = [machine.start("run", str(run.path), "--out", out, "--json") for out in outs]
