@@ -42,7 +42,7 @@ $(VENV)/installed-engines: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,ray,dask]'
 	touch $@
 
-test-server: $(VENV)/installed-engines  ## Run what takes a real server, workers and kills (about 23 minutes)
+test-server: $(VENV)/installed-engines  ## Run what takes a real server, workers and kills (about 25 minutes)
 	$(BIN)/python -m pytest -q -m server $(AT_ONCE) --durations=0
 
 lint: install  ## Lint and type-check

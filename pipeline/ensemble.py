@@ -81,8 +81,7 @@ def soft_labels(
         weights = shrunk_weights(accuracies, int(counts.sum()))
     soft = blend(log_probabilities, weights)
     if settings["prior"] == "labelled" and counts.any():
-        smoothed = counts + 1.0  # none is zero
-        soft = match_prior(soft, smoothed / smoothed.sum())
+        soft = match_prior(soft, smoothed_shares(counts))
     return soft, weights
 
 
@@ -125,10 +124,7 @@ def _entropy(probabilities: Doubles) -> Doubles:
 
 
 def match_prior(probabilities: Floats, target: Doubles) -> Floats:
-    """Move soft labels so that their mean is the target's (distribution alignment).
-
-    Each column is scaled and rows are normalised, until the mean distribution fits (Sinkhorn; Berthelot et al.
-    2020 do one step of it).
+    """Move soft labels so that their mean is the target's (distribution alignment, Berthelot et al. 2020).
 
     Args:
         probabilities: float32 ``[rows, labels]``.
@@ -137,8 +133,23 @@ def match_prior(probabilities: Floats, target: Doubles) -> Floats:
     Returns:
         float32 ``[rows, labels]``, each row summing to one.
     """
-    scale = np.ones_like(target)
-    values = np.maximum(probabilities.astype(np.float64), 1e-12)  # nought times any scale stays nought
+    moved = _sound(probabilities) * np.exp(prior_shift(probabilities, target))
+    return np.asarray(moved / moved.sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+def prior_shift(probabilities: Floats, target: Doubles) -> Doubles:
+    """What to add to the labels' log-probabilities so that the mean distribution is the target's.
+
+    Columns are scaled and rows normalised in turn (Sinkhorn; Berthelot et al. 2020 do one step of it).
+
+    Args:
+        probabilities: float32 ``[rows, labels]``.
+        target: float64 ``[labels]``, summing to one, all positive.
+
+    Returns:
+        float64 ``[labels]``.
+    """
+    scale, values = np.ones_like(target), _sound(probabilities)
     for _ in range(100):
         moved = values * scale
         moved /= moved.sum(axis=1, keepdims=True)
@@ -146,7 +157,22 @@ def match_prior(probabilities: Floats, target: Doubles) -> Floats:
         if np.abs(mean - target).max() < 1e-4:
             break
         scale *= target / np.maximum(mean, 1e-12)
-    return moved.astype(np.float32)
+    return np.log(scale)
+
+
+def smoothed_shares(counts: npt.NDArray[np.int64]) -> Doubles:
+    """The labelled rows' shares of the labels, as if there were one row more of each, so that none is zero.
+
+    >>> smoothed_shares(np.array([7, 1])).tolist()
+    [0.8, 0.2]
+    """
+    smoothed = counts.astype(np.float64) + 1.0
+    return np.asarray(smoothed / smoothed.sum())
+
+
+def _sound(probabilities: Floats) -> Doubles:
+    """In double precision and above nought, which times any scale stays nought."""
+    return np.maximum(probabilities.astype(np.float64), 1e-12)
 
 
 def margin(probabilities: Floats) -> Floats:

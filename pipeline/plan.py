@@ -29,7 +29,7 @@ STAGE_VERSIONS = {
     "prepare": 2,
     "sample": 2,
     "adapt": 1,
-    "fit": 5,
+    "fit": 6,
     "annotate": 3,
     "select": 1,
     "blend": 1,
@@ -406,7 +406,7 @@ class _Planner:
             shared["folds"] = 0
         elif not labelled:  # nothing is trained, so that no setting of training changes a byte
             shared |= {"steps": 0, "folds": 0, "batch_size": 1, "learning_rate": 0.0, "mlm_alpha": 0.0, "dropout": None}
-            shared["learned"] = 1.0
+            shared |= {"learned": 1.0, "match_prior": 0.0}
         if shared["mlm_alpha"] == 0:
             shared["mlm_batch_size"] = 0
         length = min(tokens + 10, self.training["max_length"])

@@ -125,6 +125,11 @@ class Training(Section):
         description="where between the base model's weights (0) and the trained ones (1) an annotator stands; "
         "auto: rows / 40, at most 1",
     )
+    match_prior: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="how far a trained annotator's label shares are moved to the labelled rows' shares; "
+        "auto: 1 - rows / 40, at least 0",
+    )
     truncation: Literal["head", "tail"] = "head"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -224,6 +229,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "folds": 4,
             "freeze_embeddings": False,
             "learned": 1.0,
+            "match_prior": 0.0,
         },
         "student": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-5, "freeze_embeddings": False},
     },
@@ -240,6 +246,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "dropout": 0.0,
             "freeze_embeddings": True,
             "learned": "auto",
+            "match_prior": "auto",
         },
         "student": {
             "steps": 150,

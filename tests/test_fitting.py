@@ -33,6 +33,7 @@ SPEC: dict[str, Any] = {
     "freeze_embeddings": True,
     "folds": 2,
     "learned": "auto",
+    "match_prior": "auto",
 }
 
 
@@ -84,6 +85,28 @@ def test_an_annotator_stands_on_the_line_from_the_base_model_to_the_trained_one(
     for name in start:
         assert torch.allclose(quarter[name], start[name] + 0.25 * (end[name] - start[name]), atol=1e-6)
         assert torch.allclose(auto[name], start[name] + 24 / 40 * (end[name] - start[name]), atol=1e-6)
+
+
+def test_a_trained_annotators_label_shares_are_moved_to_those_of_its_labelled_rows(
+    labelled: Labelled, base: BaseModel, profile: dict[str, str]
+) -> None:
+    uneven = labelled.take(np.array([0, 2, 4, 6, 1]))  # four good rows and a bad one
+
+    def said(match_prior: float | str, rows: Labelled = uneven, transfer: Texts = labelled.texts) -> Floats:
+        annotator = pet.train({**SPEC, "match_prior": match_prior}, rows, transfer, base, profile, 0)
+        return annotator.log_probabilities(labelled.texts)
+
+    none, half, all_ = said(0.0), said(0.5), said(1.0)
+    assert np.exp(all_).mean(axis=0) == pytest.approx([5 / 7, 2 / 7], abs=1e-3)  # one row more of each
+    apart = [scores[:, 0] - scores[:, 1] for scores in (none, half, all_, said("auto"))]
+    assert np.ptp(apart[2] - apart[0]) < 1e-4  # the same for every row
+    assert abs(apart[2] - apart[0]).min() > 0.1
+    assert apart[1] == pytest.approx((apart[0] + apart[2]) / 2, abs=1e-4)
+    assert apart[3] == pytest.approx(apart[0] + (1 - 5 / 40) * (apart[2] - apart[0]), abs=1e-4)
+    nothing = labelled.take(np.arange(0))
+    assert said(1.0, nothing).tolist() == said(0.0, nothing).tolist()
+    empty: Texts = {"text": []}
+    assert said(1.0, uneven, empty).tolist() == said(0.0, uneven, empty).tolist()
 
 
 def test_held_out_scores_that_are_no_numbers_are_a_training_that_diverged(
