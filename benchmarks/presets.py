@@ -2,15 +2,18 @@
 
     python benchmarks/presets.py --data DIR --part fit --draws 3
     python benchmarks/presets.py --data DIR --part learned --labels 10
+    python benchmarks/presets.py --data DIR --part prior --labels 10 --draws 4
     python benchmarks/presets.py --data DIR --part student --draws 2
     python benchmarks/presets.py --data DIR --part base --labels 10 --draws 4 --base embedded --base MODEL
 
 DIR is that of `benchmarks/quality.py`. For each dataset and draw, ``--labels`` rows (40; two more a label where there
 are more labels) are cut from train; other train rows are the transfer set and the rows that are judged. `fit` trains
 one pattern with each setting and prints its accuracy; `learned` does so for shares of the way that training goes, and
-the preset's rule; `student` trains two patterns with the preset and distills their blend with each setting; `base` asks
-which base model is the better start: untrained, trained with the preset, and for logistic regression on its vectors, a
-pattern a draw, and how far each is ahead of the first on the same draws.
+the preset's rule. `prior` moves a trained annotator's label shares a part of the way to the labelled rows', and judges
+it as well on rows drawn so that one label has four fifths of them, the transfer set's too. `student` trains two
+patterns with the preset and distills their blend with each setting. `base` asks which base model is the better start:
+untrained, trained with the preset, and for logistic regression on its vectors, a pattern a draw, and how far each is
+ahead of the first on the same draws.
 """
 
 from __future__ import annotations
@@ -18,22 +21,25 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from quality import TASKS, Pool, draw, interval
 
-from pipeline.annotators import Labelled, method
-from pipeline.base_model import resolve_base_model
+from pipeline.annotators import Annotator, Labelled, method
+from pipeline.annotators.pet import PRIOR_ROWS
+from pipeline.base_model import BaseModel, resolve_base_model
 from pipeline.device import numeric_profile
-from pipeline.ensemble import blend
+from pipeline.ensemble import blend, prior_shift, smoothed_shares
 from pipeline.student import distill
-from pipeline.tables import ColumnRoles
+from pipeline.tables import ColumnRoles, Floats
 from pipeline.task import Task
 
-FIT = [
+FIT: list[dict[str, Any]] = [
     {},
     {"dropout": None, "freeze_embeddings": False},
     {"freeze_embeddings": False},
@@ -44,8 +50,10 @@ FIT = [
     {"mlm_alpha": 1e-4},
     {"mlm_alpha": 1e-2},
 ]
-LEARNED = [{}, *({"learned": share} for share in (0.0, 0.25, 0.5, 0.75, 1.0))]
-STUDENT = [
+LEARNED: list[dict[str, Any]] = [{}, *({"learned": share} for share in (0.0, 0.25, 0.5, 0.75, 1.0))]
+STRENGTHS = (0.0, 0.5, 0.75, 1.0)
+SKEWED = 0.8
+STUDENT: list[dict[str, Any]] = [
     {},
     {"dropout": None, "freeze_embeddings": False},
     {"steps": 100},
@@ -56,83 +64,141 @@ STUDENT = [
 TRANSFER, JUDGED = 1000, 500
 
 
-def cut(data: Path, name: str, labels: int, seed: int) -> tuple[Task, Labelled, Labelled, Labelled]:
-    """Labelled, transfer and judged rows of one draw, all from train."""
-    task = Task.load(TASKS / f"{name}.yaml")
-    roles = ColumnRoles(tuple(task.inputs.text), label="label")
-    pool = Pool.read(data / name / "train.parquet", roles, task.label_names)
-    labelled = draw(pool.labels, max(labels, 2 * len(task.labels)), seed)
-    others = np.random.default_rng(seed + 1000).permutation(np.setdiff1d(np.arange(len(pool.labels)), labelled))
-    everything = Labelled(pool.texts, pool.labels)
-    parts = (labelled, others[:TRANSFER], others[TRANSFER : TRANSFER + JUDGED])
-    return task, *(everything.take(part) for part in parts)
+@dataclass(frozen=True)
+class Draw:
+    """Labelled, transfer and judged rows, all from train."""
+
+    task: Task
+    labelled: Labelled
+    transfer: Labelled
+    rows: Labelled
+    seed: int
+
+    @classmethod
+    def cut(cls, data: Path, name: str, labels: int, seed: int) -> Draw:
+        """Cut a draw from a dataset."""
+        task = Task.load(TASKS / f"{name}.yaml")
+        roles = ColumnRoles(tuple(task.inputs.text), label="label")
+        pool = Pool.read(data / name / "train.parquet", roles, task.label_names)
+        labelled = draw(pool.labels, max(labels, 2 * len(task.labels)), seed)
+        others = np.random.default_rng(seed + 1000).permutation(np.setdiff1d(np.arange(len(pool.labels)), labelled))
+        everything = Labelled(pool.texts, pool.labels)
+        transfer, rows = others[:TRANSFER], others[TRANSFER : TRANSFER + JUDGED]
+        return cls(task, everything.take(labelled), everything.take(transfer), everything.take(rows), seed)
+
+    def spec(self, changes: Mapping[str, Any], pattern: int) -> dict[str, Any]:
+        """What a PET annotator is told."""
+        annotator = self.task.annotators[pattern % len(self.task.annotators)]
+        words = [[label, words] for label, words in self.task.words_of(annotator).items()]
+        return {**self.task.resolved("training"), "pattern": annotator.pattern, "words": words, **changes}
+
+    def pet(self, changes: Mapping[str, Any], pattern: int = 0) -> Annotator:
+        """Train a PET annotator on the embedded model."""
+        return self.train("pet", self.spec(changes, pattern), resolve_base_model("embedded"), self.labelled)
+
+    def train(self, name: str, spec: Mapping[str, Any], base: BaseModel, labelled: Labelled) -> Annotator:
+        """Train an annotator."""
+        return method(name).train(spec, labelled, self.transfer.texts, base, numeric_profile(), self.seed)
+
+    def accuracy(self, scores: Floats) -> float:
+        """Of scores of the judged rows."""
+        return float((scores.argmax(axis=1) == self.rows.labels).mean())
 
 
-def judged(
-    data: Path, name: str, labels: int, seed: int, part: str, bases: Sequence[str]
-) -> Iterator[tuple[Mapping[str, Any], float, float]]:
-    """Each setting with its accuracy on the judged rows and its seconds."""
-    task, labelled, transfer, rows = cut(data, name, labels, seed)
-    base, profile = resolve_base_model("embedded"), numeric_profile()
+Judged = Iterator[tuple[Mapping[str, Any], float, float]]
+"""Settings, each with its accuracy on the judged rows and its seconds."""
 
-    def spec(changes: Mapping[str, Any], pattern: int) -> dict[str, Any]:
-        annotator = task.annotators[pattern]
-        words = [[label, words] for label, words in task.words_of(annotator).items()]
-        return {**task.resolved("training"), "pattern": annotator.pattern, "words": words, **changes}
 
-    pet = method("pet")
-    if part == "base":
-        pattern = seed % len(task.annotators)
-        reads = {**spec({}, pattern), "template": task.student_template, "labels": task.label_names}
-        uses = {"untrained": ("pet", labelled.take(np.arange(0))), "trained": ("pet", labelled)}
-        uses["vectors"] = ("embedding", labelled)
-        for place in bases:
-            base = resolve_base_model(place, headless=True)
-            for use, (kind, taught) in uses.items():
-                start = time.perf_counter()
-                trained = method(kind).train(reads, taught, transfer.texts, base, profile, seed)
-                scores = trained.log_probabilities(rows.texts)
-                seconds = time.perf_counter() - start
-                yield {place: use}, float((scores.argmax(axis=1) == rows.labels).mean()), seconds
-        return
-    if part != "student":
-        for changes in FIT if part == "fit" else LEARNED:
+def settings(draw: Draw, of: Sequence[Mapping[str, Any]]) -> Judged:
+    """One pattern, trained with each setting."""
+    for changes in of:
+        start = time.perf_counter()
+        fitted = draw.pet(changes)
+        seconds = time.perf_counter() - start
+        yield changes, draw.accuracy(fitted.log_probabilities(draw.rows.texts)), seconds
+
+
+def priors(draw: Draw) -> Judged:
+    """One pattern a draw, its label shares moved as far as `PetAnnotator.match_prior` would move them."""
+    start = time.perf_counter()
+    fitted = draw.pet({"match_prior": 0.0}, draw.seed)
+    some = draw.transfer.take(np.arange(PRIOR_ROWS))
+    on_some, on_rows = fitted.log_probabilities(some.texts), fitted.log_probabilities(draw.rows.texts)
+    seconds = time.perf_counter() - start
+    target = smoothed_shares(draw.labelled.counts(len(draw.task.labels)))
+    for skewed in (False, True):
+        at, of = (skew(part.labels, draw.seed) if skewed else np.arange(len(part)) for part in (some, draw.rows))
+        shift = prior_shift(np.exp(on_some[at]), target)
+        for strength in STRENGTHS:
+            found = (on_rows[of] + strength * shift).argmax(axis=1)
+            setting = {"match_prior": strength} | ({"of one label": SKEWED} if skewed else {})
+            yield setting, float((found == draw.rows.labels[of]).mean()), seconds
+
+
+def skew(labels: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    """Row numbers, drawn with replacement so that one label has `SKEWED` of them and the others alike."""
+    counts = np.bincount(labels)
+    shares = np.full(len(counts), (1 - SKEWED) / (len(counts) - 1))
+    shares[seed % len(counts)] = SKEWED
+    chance = (shares / counts.clip(1))[labels]
+    return np.random.default_rng(seed).choice(len(labels), size=len(labels), p=chance / chance.sum())
+
+
+def base_models(draw: Draw, places: Sequence[str]) -> Judged:
+    """Base models untrained, trained with one pattern a draw, and their vectors."""
+    reads = {**draw.spec({}, draw.seed), "template": draw.task.student_template, "labels": draw.task.label_names}
+    none = draw.labelled.take(np.arange(0))
+    for place in places:
+        base = resolve_base_model(place, headless=True)
+        for use, name, labelled in (
+            ("untrained", "pet", none),
+            ("trained", "pet", draw.labelled),
+            ("vectors", "embedding", draw.labelled),
+        ):
             start = time.perf_counter()
-            fitted = pet.train(spec(changes, 0), labelled, transfer.texts, base, profile, seed)
-            seconds = time.perf_counter() - start
-            scores = fitted.log_probabilities(rows.texts)
-            yield changes, float((scores.argmax(axis=1) == rows.labels).mean()), seconds
-        return
-    fits = [pet.train(spec({}, i), labelled, transfer.texts, base, profile, seed) for i in (0, 1)]
+            scores = draw.train(name, reads, base, labelled).log_probabilities(draw.rows.texts)
+            yield {place: use}, draw.accuracy(scores), time.perf_counter() - start
+
+
+def students(draw: Draw) -> Judged:
+    """Two patterns trained with the preset, and their blend distilled with each setting."""
+    fits = [draw.pet({}, i) for i in (0, 1)]
     half = np.full(2, 0.5)
-    soft = blend([fit.log_probabilities(transfer.texts) for fit in fits], half)
-    together = blend([fit.log_probabilities(rows.texts) for fit in fits], half)
-    yield {"the ensemble itself": True}, float((together.argmax(axis=1) == rows.labels).mean()), 0.0
+    soft = blend([fit.log_probabilities(draw.transfer.texts) for fit in fits], half)
+    together = blend([fit.log_probabilities(draw.rows.texts) for fit in fits], half)
+    yield {"the ensemble itself": True}, draw.accuracy(together), 0.0
     shared = {
-        **task.resolved("student"),
-        "template": task.student_template,
-        "labels": task.label_names,
-        "max_length": task.resolved("training")["max_length"],
+        **draw.task.resolved("student"),
+        "template": draw.task.student_template,
+        "labels": draw.task.label_names,
+        "max_length": draw.task.resolved("training")["max_length"],
         "truncation": "head",
     }
+    base, profile = resolve_base_model("embedded"), numeric_profile()
     for changes in STUDENT:
         start = time.perf_counter()
-        student = distill({**shared, **changes}, soft, transfer.texts, labelled, base, profile, seed)
+        student = distill({**shared, **changes}, soft, draw.transfer.texts, draw.labelled, base, profile, draw.seed)
         seconds = time.perf_counter() - start
-        scores = student.log_probabilities(rows.texts)
-        yield changes, float((scores.argmax(axis=1) == rows.labels).mean()), seconds
+        yield changes, draw.accuracy(student.log_probabilities(draw.rows.texts)), seconds
 
 
 def main() -> None:
     """Print a Markdown table: a row a setting, a column a dataset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--part", choices=["fit", "learned", "student", "base"], default="fit")
+    parser.add_argument("--part", choices=["fit", "learned", "prior", "student", "base"], default="fit")
     parser.add_argument("--datasets", default="ag_news,sst2,trec6,yelp")
     parser.add_argument("--labels", type=int, default=40, help="labelled rows")
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--base", action="append", default=[], metavar="MODEL", help="for the part base")
     arguments = parser.parse_args()
+    parts: dict[str, Callable[[Draw], Judged]] = {
+        "fit": lambda draw: settings(draw, FIT),
+        "learned": lambda draw: settings(draw, LEARNED),
+        "prior": priors,
+        "student": students,
+        "base": lambda draw: base_models(draw, arguments.base),
+    }
     if arguments.part == "base" and not arguments.base:
         parser.error("--part base needs --base MODEL")
     names = arguments.datasets.split(",")
@@ -140,9 +206,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {}
     for seed in range(arguments.draws):
         for name in names:
-            for changes, accuracy, took in judged(
-                arguments.data, name, arguments.labels, seed, arguments.part, arguments.base
-            ):
+            cut = Draw.cut(arguments.data, name, arguments.labels, seed)
+            for changes, accuracy, took in parts[arguments.part](cut):
                 setting = ", ".join(f"{key} {value}" for key, value in changes.items()) or "the preset"
                 table.setdefault(setting, {}).setdefault(name, []).append(100 * accuracy)
                 seconds.setdefault(setting, []).append(took)
