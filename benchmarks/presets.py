@@ -51,7 +51,7 @@ FIT: list[dict[str, Any]] = [
     {"mlm_alpha": 1e-2},
 ]
 LEARNED: list[dict[str, Any]] = [{}, *({"learned": share} for share in (0.0, 0.25, 0.5, 0.75, 1.0))]
-STRENGTHS = (0.0, 0.5, 0.75, 1.0)
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SKEWED = 0.8
 STUDENT: list[dict[str, Any]] = [
     {},

@@ -50,7 +50,7 @@ def adapt(
     if target is not None and target.exists():
         raise InputError("there is something already", where=str(target), fix="choose another --out")
     for warning in check_task(loaded):
-        warn(warning)
+        warn(warning, err)
     store = open_store(Settings().store_location)
     [stage] = plan_run(loaded, release).find("adapt")
     calls = list({call.key: call for call in _with_inputs(stage)}.values())

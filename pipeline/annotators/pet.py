@@ -170,18 +170,18 @@ def prior_strength(setting: str | float, rows: int) -> float:
     """How far a trained annotator's label shares are moved to those of its labelled rows.
 
     A handful of rows leaves a masked language model with a bias for one label: trained on ten rows of SST-2, half
-    of them positive, it called 55 to 80 % of others negative, and moving it back was worth 3 to 9 points of accuracy
-    (docs/benchmarks.md). What it costs where the labelled rows' shares are not those of the rows to label grows
-    with the number of rows that the model has learned from, while what it gains falls: hence the rule.
+    of them positive, it called 67 to 80 % of others negative (half of them are), and moving it back was worth 3 to 9
+    points of accuracy. The more rows it has learned from the less that gains, and the more it costs where the labelled
+    rows' shares are not those of the rows to label (docs/benchmarks.md): hence the rule.
 
     Args:
-        setting: a share, or ``auto``: 1 - n / m, and nothing from m rows on.
+        setting: a share, or ``auto``: (1 - n / m) squared, and nothing from m rows on.
         rows: n, those that it was trained on; m is `LEARNED_ROWS`.
 
     >>> prior_strength("auto", 10), prior_strength("auto", 50), prior_strength(0.5, 50)
-    (0.75, 0.0, 0.5)
+    (0.5625, 0.0, 0.5)
     """
-    return max(1 - rows / LEARNED_ROWS, 0.0) if setting == "auto" else float(setting)
+    return max(1 - rows / LEARNED_ROWS, 0.0) ** 2 if setting == "auto" else float(setting)
 
 
 def learned_share(setting: str | float, rows: int) -> float:
