@@ -9,8 +9,9 @@
 DIR is that of `benchmarks/quality.py`. For each dataset and draw, ``--labels`` rows (40; two more a label where there
 are more labels) are cut from train; other train rows are the transfer set and the rows that are judged. `fit` trains
 one pattern with each setting and prints its accuracy; `learned` does so for shares of the way that training goes, and
-the preset's rule. `prior` moves a trained annotator's label shares a part of the way to the labelled rows', and judges
-it as well on rows drawn so that one label has four fifths of them, the transfer set's too. `student` trains two
+the preset's rule. `prior` moves a trained annotator's label shares a part of the way to the labelled rows', where those
+have the shares of all rows, where they were labelled as they came, and where one label has four fifths of the rows to
+judge (and of those that the shares are taken from) but not of the labelled ones. `student` trains two
 patterns with the preset and distills their blend with each setting. `base` asks which base model is the better start:
 untrained, trained with the preset, and for logistic regression on its vectors, a pattern a draw, and how far each is
 ahead of the first on the same draws.
@@ -31,7 +32,7 @@ import numpy.typing as npt
 from quality import TASKS, Pool, draw, interval
 
 from pipeline.annotators import Annotator, Labelled, method
-from pipeline.annotators.pet import PRIOR_ROWS
+from pipeline.annotators.pet import PRIOR_ROWS, prior_strength
 from pipeline.base_model import BaseModel, resolve_base_model
 from pipeline.device import numeric_profile
 from pipeline.ensemble import blend, prior_shift, smoothed_shares
@@ -50,9 +51,9 @@ FIT: list[dict[str, Any]] = [
     {"mlm_alpha": 1e-4},
     {"mlm_alpha": 1e-2},
 ]
-LEARNED: list[dict[str, Any]] = [{}, *({"learned": share} for share in (0.0, 0.25, 0.5, 0.75, 1.0))]
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SKEWED = 0.8
+LEARNED: list[dict[str, Any]] = [{}, *({"learned": share, "match_prior": 0.0} for share in (0.0, 0.25, 0.5, 0.75, 1.0))]
+SKEWED, TIMES = 0.8, 40
+Ints = npt.NDArray[np.int64]
 STUDENT: list[dict[str, Any]] = [
     {},
     {"dropout": None, "freeze_embeddings": False},
@@ -109,77 +110,90 @@ Judged = Iterator[tuple[Mapping[str, Any], float, float]]
 """Settings, each with its accuracy on the judged rows and its seconds."""
 
 
-def settings(draw: Draw, of: Sequence[Mapping[str, Any]]) -> Judged:
+def settings(cut: Draw, of: Sequence[Mapping[str, Any]]) -> Judged:
     """One pattern, trained with each setting."""
     for changes in of:
         start = time.perf_counter()
-        fitted = draw.pet(changes)
+        fitted = cut.pet(changes)
         seconds = time.perf_counter() - start
-        yield changes, draw.accuracy(fitted.log_probabilities(draw.rows.texts)), seconds
+        yield changes, cut.accuracy(fitted.log_probabilities(cut.rows.texts)), seconds
 
 
-def priors(draw: Draw) -> Judged:
-    """One pattern a draw, its label shares moved as far as `PetAnnotator.match_prior` would move them."""
+def skew(labels: Ints, favoured: int) -> Ints:
+    """Row numbers, drawn with replacement so that one label has `SKEWED` of them and the others keep their ratios."""
+    mine = labels == favoured
+    chance = np.where(mine, SKEWED / mine.sum(), (1 - SKEWED) / (~mine).sum())
+    return np.random.default_rng(0).choice(len(labels), size=len(labels), p=chance)
+
+
+def priors(cut: Draw) -> Judged:
+    """One pattern a draw, its label shares moved as far as `PetAnnotator.match_prior` would move them.
+
+    The draws keep the labels' shares. Rows that are labelled as they come do not quite: `as they come` takes the shares
+    of `TIMES` random draws instead (for the target alone: the training is that of the row above), and the mean.
+    """
     start = time.perf_counter()
-    fitted = draw.pet({"match_prior": 0.0}, draw.seed)
-    some = draw.transfer.take(np.arange(PRIOR_ROWS))
-    on_some, on_rows = fitted.log_probabilities(some.texts), fitted.log_probabilities(draw.rows.texts)
+    fitted = cut.pet({"match_prior": 0.0}, cut.seed)
+    some = cut.transfer.take(np.arange(PRIOR_ROWS))
+    on_some, on_rows = np.exp(fitted.log_probabilities(some.texts)), fitted.log_probabilities(cut.rows.texts)
     seconds = time.perf_counter() - start
-    target = smoothed_shares(draw.labelled.counts(len(draw.task.labels)))
-    for skewed in (False, True):
-        at, of = (skew(part.labels, draw.seed) if skewed else np.arange(len(part)) for part in (some, draw.rows))
-        shift = prior_shift(np.exp(on_some[at]), target)
-        for strength in STRENGTHS:
-            found = (on_rows[of] + strength * shift).argmax(axis=1)
-            setting = {"match_prior": strength} | ({"of one label": SKEWED} if skewed else {})
-            yield setting, float((found == draw.rows.labels[of]).mean()), seconds
+    labels, random = len(cut.task.labels), np.random.default_rng(cut.seed)
+    counts = cut.labelled.counts(labels)
+    shares = cut.rows.counts(labels) / len(cut.rows)
+
+    def accuracy(strength: float, counts: Ints, at: Ints, of: Ints) -> float:
+        shift = prior_shift(on_some[at], smoothed_shares(counts))
+        found = (on_rows[of] + strength * shift).argmax(axis=1)
+        return float((found == cut.rows.labels[of]).mean())
+
+    everything = np.arange(len(some)), np.arange(len(cut.rows))
+    common = np.flatnonzero(shares >= 0.1)  # of a rare label there would be the same few rows again and again
+    favoured = int(common[cut.seed % len(common)])
+    skewed = skew(some.labels, favoured), skew(cut.rows.labels, favoured)
+    drawn = random.multinomial(len(cut.labelled), shares, size=TIMES)
+    for strength in (0.0, 0.25, prior_strength("auto", len(cut.labelled)), 0.5, 0.75, 1.0):
+        yield {"match_prior": strength}, accuracy(strength, counts, *everything), seconds
+        found = [accuracy(strength, other, *everything) for other in drawn]
+        yield {"match_prior": strength, "as they come": True}, float(np.mean(found)), seconds
+        yield {"match_prior": strength, "of one label": SKEWED}, accuracy(strength, counts, *skewed), seconds
 
 
-def skew(labels: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
-    """Row numbers, drawn with replacement so that one label has `SKEWED` of them and the others alike."""
-    counts = np.bincount(labels)
-    shares = np.full(len(counts), (1 - SKEWED) / (len(counts) - 1))
-    shares[seed % len(counts)] = SKEWED
-    chance = (shares / counts.clip(1))[labels]
-    return np.random.default_rng(seed).choice(len(labels), size=len(labels), p=chance / chance.sum())
-
-
-def base_models(draw: Draw, places: Sequence[str]) -> Judged:
+def base_models(cut: Draw, places: Sequence[str]) -> Judged:
     """Base models untrained, trained with one pattern a draw, and their vectors."""
-    reads = {**draw.spec({}, draw.seed), "template": draw.task.student_template, "labels": draw.task.label_names}
-    none = draw.labelled.take(np.arange(0))
-    for place in places:
-        base = resolve_base_model(place, headless=True)
+    reads = {**cut.spec({}, cut.seed), "template": cut.task.student_template, "labels": cut.task.label_names}
+    none = cut.labelled.take(np.arange(0))
+    bases = {place: resolve_base_model(place) for place in places}
+    for place, base in bases.items():
         for use, name, labelled in (
             ("untrained", "pet", none),
-            ("trained", "pet", draw.labelled),
-            ("vectors", "embedding", draw.labelled),
+            ("trained", "pet", cut.labelled),
+            ("vectors", "embedding", cut.labelled),
         ):
             start = time.perf_counter()
-            scores = draw.train(name, reads, base, labelled).log_probabilities(draw.rows.texts)
-            yield {place: use}, draw.accuracy(scores), time.perf_counter() - start
+            scores = cut.train(name, reads, base, labelled).log_probabilities(cut.rows.texts)
+            yield {place: use}, cut.accuracy(scores), time.perf_counter() - start
 
 
-def students(draw: Draw) -> Judged:
+def students(cut: Draw) -> Judged:
     """Two patterns trained with the preset, and their blend distilled with each setting."""
-    fits = [draw.pet({}, i) for i in (0, 1)]
+    fits = [cut.pet({}, i) for i in (0, 1)]
     half = np.full(2, 0.5)
-    soft = blend([fit.log_probabilities(draw.transfer.texts) for fit in fits], half)
-    together = blend([fit.log_probabilities(draw.rows.texts) for fit in fits], half)
-    yield {"the ensemble itself": True}, draw.accuracy(together), 0.0
+    soft = blend([fit.log_probabilities(cut.transfer.texts) for fit in fits], half)
+    together = blend([fit.log_probabilities(cut.rows.texts) for fit in fits], half)
+    yield {"the ensemble itself": True}, cut.accuracy(together), 0.0
     shared = {
-        **draw.task.resolved("student"),
-        "template": draw.task.student_template,
-        "labels": draw.task.label_names,
-        "max_length": draw.task.resolved("training")["max_length"],
+        **cut.task.resolved("student"),
+        "template": cut.task.student_template,
+        "labels": cut.task.label_names,
+        "max_length": cut.task.resolved("training")["max_length"],
         "truncation": "head",
     }
     base, profile = resolve_base_model("embedded"), numeric_profile()
     for changes in STUDENT:
         start = time.perf_counter()
-        student = distill({**shared, **changes}, soft, draw.transfer.texts, draw.labelled, base, profile, draw.seed)
+        student = distill({**shared, **changes}, soft, cut.transfer.texts, cut.labelled, base, profile, cut.seed)
         seconds = time.perf_counter() - start
-        yield changes, draw.accuracy(student.log_probabilities(draw.rows.texts)), seconds
+        yield changes, cut.accuracy(student.log_probabilities(cut.rows.texts)), seconds
 
 
 def main() -> None:
@@ -193,11 +207,11 @@ def main() -> None:
     parser.add_argument("--base", action="append", default=[], metavar="MODEL", help="for the part base")
     arguments = parser.parse_args()
     parts: dict[str, Callable[[Draw], Judged]] = {
-        "fit": lambda draw: settings(draw, FIT),
-        "learned": lambda draw: settings(draw, LEARNED),
+        "fit": lambda cut: settings(cut, FIT),
+        "learned": lambda cut: settings(cut, LEARNED),
         "prior": priors,
         "student": students,
-        "base": lambda draw: base_models(draw, arguments.base),
+        "base": lambda cut: base_models(cut, arguments.base),
     }
     if arguments.part == "base" and not arguments.base:
         parser.error("--part base needs --base MODEL")
@@ -219,7 +233,7 @@ def main() -> None:
         means = [float(np.mean(found[name])) for name in names]
         cells = " | ".join(f"{mean:.1f}" for mean in [*means, float(np.mean(means))])
         print(f"| {setting} | {cells} | {sum(seconds[setting]) / preset:.2f} |")
-    if arguments.part != "base" or arguments.draws < 2:
+    if arguments.part != "base" or len(arguments.base) < 2 or arguments.draws < 2:
         return
     print(f"\nAhead of {arguments.base[0]} on the same draws, points: mean and its 95 % interval\n")
     print("| setting | " + " | ".join(names) + " |")

@@ -452,7 +452,7 @@ def later_generations(
             found = select_rows(soft, counts, generation, ipet.growth, seed).labels
             drawn = Labelled(dict(transfer), found).take(np.flatnonzero(found >= 0))
             fitted = method("pet").train(
-                fit_spec(task, annotator),
+                fit_spec(task, annotator) | ({} if len(labelled) else {"match_prior": 0.0}),  # as in the plan
                 labelled.joined(drawn),
                 transfer,
                 data.start,

@@ -28,8 +28,9 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Crashed
 
 from flows.leftover import is_gone, tell_of_gone
-from pipeline.engines import Progress, Request
+from pipeline.engines import Request
 from pipeline.errors import ClozelineError, InputError, RunStopped, StageLost, rebuilt
+from pipeline.progress import Progress
 
 DEPLOYMENT = "stage/gpu"
 _POLL_SECONDS = 2.0

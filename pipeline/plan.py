@@ -402,11 +402,13 @@ class _Planner:
     ) -> dict[str, Call]:
         """The ensemble: one fit a pattern and seed, with drawn rows for each from generation 1 on."""
         shared = {key: value for key, value in self.training.items() if key != "dtype"}
+        if not labelled:  # rows that annotators drew say nothing of how common labels are
+            shared["match_prior"] = 0.0
         if generation:
             shared["folds"] = 0
         elif not labelled:  # nothing is trained, so that no setting of training changes a byte
             shared |= {"steps": 0, "folds": 0, "batch_size": 1, "learning_rate": 0.0, "mlm_alpha": 0.0, "dropout": None}
-            shared |= {"learned": 1.0, "match_prior": 0.0}
+            shared["learned"] = 1.0
         if shared["mlm_alpha"] == 0:
             shared["mlm_batch_size"] = 0
         length = min(tokens + 10, self.training["max_length"])

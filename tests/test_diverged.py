@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from flows.cli_console import show_summary
-from pipeline.annotators import Progress, Texts
+from pipeline.annotators import Texts
 from pipeline.annotators.pet import PetAnnotator
 from pipeline.errors import InputError
 from pipeline.metrics import METHODS
 from pipeline.predict import predict_file
+from pipeline.progress import Progress
 from pipeline.stages import run_stage
 from pipeline.store import sha256_of
 from pipeline.student import Student

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from pipeline import fitting
-from pipeline.annotators import Labelled, Progress, Texts, pet
+from pipeline.annotators import Labelled, Texts, pet
 from pipeline.base_model import BaseModel
 from pipeline.fitting import fit_annotator
+from pipeline.progress import Progress
 from pipeline.tables import Floats
 from pipeline.training import Diverged
 from tests.conftest import BAD, GOOD, sentence
@@ -102,11 +104,25 @@ def test_a_trained_annotators_label_shares_are_moved_to_those_of_its_labelled_ro
     assert np.ptp(apart[2] - apart[0]) < 1e-4  # the same for every row
     assert abs(apart[2] - apart[0]).min() > 0.1
     assert apart[1] == pytest.approx((apart[0] + apart[2]) / 2, abs=1e-4)
-    assert apart[3] == pytest.approx(apart[0] + (1 - 5 / 40) ** 2 * (apart[2] - apart[0]), abs=1e-4)
+    assert apart[3] == pytest.approx(apart[0] + (1 - 5 / 40) / 2 * (apart[2] - apart[0]), abs=1e-4)
     nothing = labelled.take(np.arange(0))
     assert said(1.0, nothing).tolist() == said(0.0, nothing).tolist()
     empty: Texts = {"text": []}
     assert said(1.0, uneven, empty).tolist() == said(0.0, uneven, empty).tolist()
+
+
+def test_moved_shares_hold_for_labels_with_several_words_and_are_saved(
+    labelled: Labelled, base: BaseModel, profile: dict[str, str], tmp_path: Path
+) -> None:
+    words = [["good", ["good", "great", "unseen"]], ["bad", ["bad"]]]  # one word of several tokens
+    spec = {**SPEC, "words": words, "match_prior": 1.0}
+    uneven = labelled.take(np.array([0, 2, 4, 6, 1]))
+    annotator = pet.train(spec, uneven, labelled.texts, base, profile, 0)
+    assert len(annotator.verbalizer.widths) == 2
+    scores = annotator.log_probabilities(labelled.texts)
+    assert np.exp(scores).mean(axis=0) == pytest.approx([5 / 7, 2 / 7], abs=1e-3)
+    annotator.save(tmp_path)
+    assert pet.load(tmp_path, base, profile).log_probabilities(labelled.texts).tolist() == scores.tolist()
 
 
 def test_held_out_scores_that_are_no_numbers_are_a_training_that_diverged(

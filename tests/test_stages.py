@@ -210,6 +210,13 @@ def test_release_holds_every_row_once_with_the_users_columns(run: Run) -> None:
     assert train == {row["key"]: row["label"] for row in labelled}
 
 
+def test_without_labelled_rows_how_far_shares_are_moved_changes_no_fit(tiny_task: MakeTask) -> None:
+    run = Run(tiny_task(changes={"inputs": {"labelled": None}, "ipet": {"generations": 1}}))
+    plan, other = run.plan(), run.plan("training.match_prior=0.9")
+    assert {call.key for call in plan.find("fit")} == {call.key for call in other.find("fit")}
+    assert len(plan.find("fit")) == 4
+
+
 def test_queue_is_in_order_of_priority_with_every_annotators_vote(run: Run) -> None:
     run()
     queue = run.rows("review")

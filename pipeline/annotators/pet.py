@@ -30,7 +30,7 @@ from pipeline.training import train as run_training
 from pipeline.verbalizer import Verbalizer
 
 LEARNED_ROWS = 40  # chosen on rows cut from train (docs/benchmarks.md)
-PRIOR_ROWS = 256  # for calibration: a few hundred rows, as Hu et al. (2022) take
+PRIOR_ROWS = 256  # of unlabelled text, to see how often each label is said: as many as Hu et al. (2022) take
 _SETTINGS = "annotator.json"
 
 
@@ -56,7 +56,7 @@ class PetAnnotator:
 
     def calibrate(self, texts: Texts) -> None:
         """Set the label words' prior from unlabelled rows."""
-        some = {name: column[:PRIOR_ROWS] for name, column in texts.items()}
+        some = _some(texts)
         if len(next(iter(some.values()), [])):
             self.scorer.calibrate(self.scorer.score(self.encode(some)))
 
@@ -68,8 +68,7 @@ class PetAnnotator:
             target: float64 ``[labels]``, summing to one, all positive.
             strength: the part of the way, in log-probabilities; 0..1.
         """
-        some = {name: column[:PRIOR_ROWS] for name, column in texts.items()}
-        said: Floats = np.exp(self.log_probabilities(some))
+        said: Floats = np.exp(self.log_probabilities(_some(texts)))
         said = said[np.isfinite(said).all(axis=1)]  # scores that are no numbers are told of by those who use them
         if len(said):
             shift = strength * prior_shift(said, target)
@@ -85,6 +84,11 @@ class PetAnnotator:
         settings = {**self.spec, "prior": self.scorer.bias.cpu().tolist()}
         (path / _SETTINGS).write_text(canonical_json(settings), encoding="utf-8")
         self.model.save_delta(path)
+
+
+def _some(texts: Texts) -> Texts:
+    """As many unlabelled rows as it takes to see how often each label is said."""
+    return {name: column[:PRIOR_ROWS] for name, column in texts.items()}
 
 
 def load(path: Path, base: BaseModel, profile: Mapping[str, str]) -> PetAnnotator:
@@ -170,18 +174,18 @@ def prior_strength(setting: str | float, rows: int) -> float:
     """How far a trained annotator's label shares are moved to those of its labelled rows.
 
     A handful of rows leaves a masked language model with a bias for one label: trained on ten rows of SST-2, half
-    of them positive, it called 67 to 80 % of others negative (half of them are), and moving it back was worth 3 to 9
-    points of accuracy. The more rows it has learned from the less that gains, and the more it costs where the labelled
-    rows' shares are not those of the rows to label (docs/benchmarks.md): hence the rule.
+    of them positive, it called 67 to 80 % of others negative, of which half are. Moving it all the way gains most where
+    the labelled rows' shares are exactly those of the rows to label, and loses where they are not; the more rows it has
+    learned from the less there is to gain. Hence half of the way, and less with more rows (docs/benchmarks.md).
 
     Args:
-        setting: a share, or ``auto``: (1 - n / m) squared, and nothing from m rows on.
+        setting: a share, or ``auto``: (1 - n / m) / 2, and nothing from m rows on.
         rows: n, those that it was trained on; m is `LEARNED_ROWS`.
 
     >>> prior_strength("auto", 10), prior_strength("auto", 50), prior_strength(0.5, 50)
-    (0.5625, 0.0, 0.5)
+    (0.375, 0.0, 0.5)
     """
-    return max(1 - rows / LEARNED_ROWS, 0.0) ** 2 if setting == "auto" else float(setting)
+    return max(1 - rows / LEARNED_ROWS, 0.0) / 2 if setting == "auto" else float(setting)
 
 
 def learned_share(setting: str | float, rows: int) -> float:
