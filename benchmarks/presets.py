@@ -129,8 +129,8 @@ def skew(labels: Ints, favoured: int) -> Ints:
 def priors(cut: Draw) -> Judged:
     """One pattern a draw, its label shares moved as far as `PetAnnotator.match_prior` would move them.
 
-    The draws keep the labels' shares. Rows that are labelled as they come do not quite: `as they come` takes the shares
-    of `TIMES` random draws instead (for the target alone: the training is that of the row above), and the mean.
+    The draws keep the labels' shares. Rows that are labelled as they come do not quite: `shares as they come` takes
+    those of `TIMES` random draws for the target, with the training of the row above, and the mean accuracy.
     """
     start = time.perf_counter()
     fitted = cut.pet({"match_prior": 0.0}, cut.seed)
@@ -151,11 +151,12 @@ def priors(cut: Draw) -> Judged:
     favoured = int(common[cut.seed % len(common)])
     skewed = skew(some.labels, favoured), skew(cut.rows.labels, favoured)
     drawn = random.multinomial(len(cut.labelled), shares, size=TIMES)
-    for strength in (0.0, 0.25, prior_strength("auto", len(cut.labelled)), 0.5, 0.75, 1.0):
-        yield {"match_prior": strength}, accuracy(strength, counts, *everything), seconds
+    for setting in (0.0, "auto", 0.5, 0.75, 1.0):
+        strength = prior_strength(setting, len(cut.labelled))
+        yield {"match_prior": setting}, accuracy(strength, counts, *everything), seconds
         found = [accuracy(strength, other, *everything) for other in drawn]
-        yield {"match_prior": strength, "as they come": True}, float(np.mean(found)), seconds
-        yield {"match_prior": strength, "of one label": SKEWED}, accuracy(strength, counts, *skewed), seconds
+        yield {"match_prior": setting, "shares": "as they come"}, float(np.mean(found)), seconds
+        yield {"match_prior": setting, "of one label": SKEWED}, accuracy(strength, counts, *skewed), seconds
 
 
 def base_models(cut: Draw, places: Sequence[str]) -> Judged:

@@ -128,7 +128,7 @@ class Training(Section):
     match_prior: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] | None = Field(
         None,
         description="how far a trained annotator's label shares are moved to the labelled rows' shares; "
-        "auto: (1 - rows / 40) / 2, 0 from 40 rows on",
+        "auto: (1 - rows / 40) / 3, 0 from 40 rows on",
     )
     truncation: Literal["head", "tail"] = "head"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

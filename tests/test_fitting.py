@@ -104,7 +104,7 @@ def test_a_trained_annotators_label_shares_are_moved_to_those_of_its_labelled_ro
     assert np.ptp(apart[2] - apart[0]) < 1e-4  # the same for every row
     assert abs(apart[2] - apart[0]).min() > 0.1
     assert apart[1] == pytest.approx((apart[0] + apart[2]) / 2, abs=1e-4)
-    assert apart[3] == pytest.approx(apart[0] + (1 - 5 / 40) / 2 * (apart[2] - apart[0]), abs=1e-4)
+    assert apart[3] == pytest.approx(apart[0] + (1 - 5 / 40) / 3 * (apart[2] - apart[0]), abs=1e-4)
     nothing = labelled.take(np.arange(0))
     assert said(1.0, nothing).tolist() == said(0.0, nothing).tolist()
     empty: Texts = {"text": []}

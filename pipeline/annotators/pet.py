@@ -175,17 +175,18 @@ def prior_strength(setting: str | float, rows: int) -> float:
 
     A handful of rows leaves a masked language model with a bias for one label: trained on ten rows of SST-2, half
     of them positive, it called 67 to 80 % of others negative, of which half are. Moving it all the way gains most where
-    the labelled rows' shares are exactly those of the rows to label, and loses where they are not; the more rows it has
-    learned from the less there is to gain. Hence half of the way, and less with more rows (docs/benchmarks.md).
+    the labelled rows' shares are exactly those of the rows to label, and loses most where they are not; the more rows
+    it has learned from the less there is to gain. Hence a third of the way, and less with more rows
+    (docs/benchmarks.md).
 
     Args:
-        setting: a share, or ``auto``: (1 - n / m) / 2, and nothing from m rows on.
+        setting: a share, or ``auto``: (1 - n / m) / 3, and nothing from m rows on.
         rows: n, those that it was trained on; m is `LEARNED_ROWS`.
 
     >>> prior_strength("auto", 10), prior_strength("auto", 50), prior_strength(0.5, 50)
-    (0.375, 0.0, 0.5)
+    (0.25, 0.0, 0.5)
     """
-    return max(1 - rows / LEARNED_ROWS, 0.0) / 2 if setting == "auto" else float(setting)
+    return max(1 - rows / LEARNED_ROWS, 0.0) / 3 if setting == "auto" else float(setting)
 
 
 def learned_share(setting: str | float, rows: int) -> float:
