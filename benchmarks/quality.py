@@ -40,8 +40,7 @@ that includes all fits and their cross-validation.
 
 Each finished cell is appended to ``--out``; a cell that is there, from the same data and settings, is not run again.
 It may come from another machine, where numbers are rounded otherwise (the line tells device and numbers): what is
-compared is always of one cell. So a table can be made on several days and machines; the cells of that in
-docs/benchmarks.md are in ``benchmarks/quality.jsonl``.
+compared is always of one cell. So a table can be made on several days and machines.
 """
 
 from __future__ import annotations
