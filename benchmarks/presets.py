@@ -11,10 +11,10 @@ are more labels) are cut from train; other train rows are the transfer set and t
 one pattern with each setting and prints its accuracy; `learned` does so for shares of the way that training goes, and
 the preset's rule. `prior` moves a trained annotator's label shares a part of the way to the labelled rows', where those
 have the shares of all rows, where they were labelled as they came, and where one label has four fifths of the rows to
-judge (and of those that the shares are taken from) but not of the labelled ones. `student` trains two
-patterns with the preset and distills their blend with each setting. `base` asks which base model is the better start:
-untrained, trained with the preset, and for logistic regression on its vectors, a pattern a draw, and how far each is
-ahead of the first on the same draws.
+judge (and of those that the shares are taken from) but not of the labelled ones; `prior-fine-tune` does the same to a
+fine-tuned classifier. `student` trains two patterns with the preset and distills their blend with each setting. `base`
+asks which base model is the better start: untrained, trained with the preset, and for logistic regression on its
+vectors, a pattern a draw, and how far each is ahead of the first on the same draws.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from quality import TASKS, Pool, draw, interval
+from quality import FINE_TUNE, TASKS, Ints, Pool, draw, fit_spec, interval, student_spec
 
 from pipeline.annotators import Annotator, Labelled, method
 from pipeline.annotators.pet import PRIOR_ROWS, prior_strength
 from pipeline.base_model import BaseModel, resolve_base_model
 from pipeline.device import numeric_profile
-from pipeline.ensemble import blend, prior_shift, smoothed_shares
+from pipeline.ensemble import Doubles, blend, prior_shift, smoothed_shares
 from pipeline.student import distill
 from pipeline.tables import ColumnRoles, Floats
 from pipeline.task import Task
@@ -53,7 +52,6 @@ FIT: list[dict[str, Any]] = [
 ]
 LEARNED: list[dict[str, Any]] = [{}, *({"learned": share, "match_prior": 0.0} for share in (0.0, 0.25, 0.5, 0.75, 1.0))]
 SKEWED, TIMES = 0.8, 40
-Ints = npt.NDArray[np.int64]
 STUDENT: list[dict[str, Any]] = [
     {},
     {"dropout": None, "freeze_embeddings": False},
@@ -89,9 +87,7 @@ class Draw:
 
     def spec(self, changes: Mapping[str, Any], pattern: int) -> dict[str, Any]:
         """What a PET annotator is told."""
-        annotator = self.task.annotators[pattern % len(self.task.annotators)]
-        words = [[label, words] for label, words in self.task.words_of(annotator).items()]
-        return {**self.task.resolved("training"), "pattern": annotator.pattern, "words": words, **changes}
+        return {**fit_spec(self.task, self.task.annotators[pattern % len(self.task.annotators)]), **changes}
 
     def pet(self, changes: Mapping[str, Any], pattern: int = 0) -> Annotator:
         """Train a PET annotator on the embedded model."""
@@ -126,14 +122,15 @@ def skew(labels: Ints, favoured: int) -> Ints:
     return np.random.default_rng(0).choice(len(labels), size=len(labels), p=chance)
 
 
-def priors(cut: Draw) -> Judged:
-    """One pattern a draw, its label shares moved as far as `PetAnnotator.match_prior` would move them.
+def priors(cut: Draw, name: str) -> Judged:
+    """One pattern a draw, or fine-tuning, its label shares moved as far as `PetAnnotator.match_prior` would move them.
 
     The draws keep the labels' shares. Rows that are labelled as they come do not quite: `shares as they come` takes
     those of `TIMES` random draws for the target, with the training of the row above, and the mean accuracy.
     """
     start = time.perf_counter()
-    fitted = cut.pet({"match_prior": 0.0}, cut.seed)
+    spec = cut.spec({"match_prior": 0.0}, cut.seed) if name == "pet" else {**student_spec(cut.task), **FINE_TUNE}
+    fitted = cut.train(name, spec, resolve_base_model("embedded"), cut.labelled)
     some = cut.transfer.take(np.arange(PRIOR_ROWS))
     on_some, on_rows = np.exp(fitted.log_probabilities(some.texts)), fitted.log_probabilities(cut.rows.texts)
     seconds = time.perf_counter() - start
@@ -141,37 +138,36 @@ def priors(cut: Draw) -> Judged:
     counts = cut.labelled.counts(labels)
     shares = cut.rows.counts(labels) / len(cut.rows)
 
-    def accuracy(strength: float, counts: Ints, at: Ints, of: Ints) -> float:
-        shift = prior_shift(on_some[at], smoothed_shares(counts))
-        found = (on_rows[of] + strength * shift).argmax(axis=1)
+    def accuracy(shift: Doubles, of: Ints | slice = slice(None)) -> float:
+        found = (on_rows[of] + shift).argmax(axis=1)
         return float((found == cut.rows.labels[of]).mean())
 
-    everything = np.arange(len(some)), np.arange(len(cut.rows))
     common = np.flatnonzero(shares >= 0.1)  # of a rare label there would be the same few rows again and again
     favoured = int(common[cut.seed % len(common)])
-    skewed = skew(some.labels, favoured), skew(cut.rows.labels, favoured)
+    skewed, target = skew(cut.rows.labels, favoured), smoothed_shares(counts)
+    exact, lopsided = prior_shift(on_some, target), prior_shift(on_some[skew(some.labels, favoured)], target)
     drawn = random.multinomial(len(cut.labelled), shares, size=TIMES)
+    came = [prior_shift(on_some, smoothed_shares(other)) for other in drawn]
     for setting in (0.0, "auto", 0.5, 0.75, 1.0):
         strength = prior_strength(setting, len(cut.labelled))
-        yield {"match_prior": setting}, accuracy(strength, counts, *everything), seconds
-        found = [accuracy(strength, other, *everything) for other in drawn]
+        yield {"match_prior": setting}, accuracy(strength * exact), seconds
+        found = [accuracy(strength * shift) for shift in came]
         yield {"match_prior": setting, "shares": "as they come"}, float(np.mean(found)), seconds
-        yield {"match_prior": setting, "of one label": SKEWED}, accuracy(strength, counts, *skewed), seconds
+        yield {"match_prior": setting, "of one label": SKEWED}, accuracy(strength * lopsided, skewed), seconds
 
 
 def base_models(cut: Draw, places: Sequence[str]) -> Judged:
     """Base models untrained, trained with one pattern a draw, and their vectors."""
-    reads = {**cut.spec({}, cut.seed), "template": cut.task.student_template, "labels": cut.task.label_names}
-    none = cut.labelled.take(np.arange(0))
+    none, spec = cut.labelled.take(np.arange(0)), cut.spec({}, cut.seed)
     bases = {place: resolve_base_model(place) for place in places}
     for place, base in bases.items():
-        for use, name, labelled in (
-            ("untrained", "pet", none),
-            ("trained", "pet", cut.labelled),
-            ("vectors", "embedding", cut.labelled),
+        for use, name, told, labelled in (
+            ("untrained", "pet", spec, none),
+            ("trained", "pet", spec, cut.labelled),
+            ("vectors", "embedding", student_spec(cut.task), cut.labelled),
         ):
             start = time.perf_counter()
-            scores = cut.train(name, reads, base, labelled).log_probabilities(cut.rows.texts)
+            scores = cut.train(name, told, base, labelled).log_probabilities(cut.rows.texts)
             yield {place: use}, cut.accuracy(scores), time.perf_counter() - start
 
 
@@ -182,14 +178,7 @@ def students(cut: Draw) -> Judged:
     soft = blend([fit.log_probabilities(cut.transfer.texts) for fit in fits], half)
     together = blend([fit.log_probabilities(cut.rows.texts) for fit in fits], half)
     yield {"the ensemble itself": True}, cut.accuracy(together), 0.0
-    shared = {
-        **cut.task.resolved("student"),
-        "template": cut.task.student_template,
-        "labels": cut.task.label_names,
-        "max_length": cut.task.resolved("training")["max_length"],
-        "truncation": "head",
-    }
-    base, profile = resolve_base_model("embedded"), numeric_profile()
+    base, profile, shared = resolve_base_model("embedded"), numeric_profile(), student_spec(cut.task)
     for changes in STUDENT:
         start = time.perf_counter()
         student = distill({**shared, **changes}, soft, cut.transfer.texts, cut.labelled, base, profile, cut.seed)
@@ -199,21 +188,22 @@ def students(cut: Draw) -> Judged:
 
 def main() -> None:
     """Print a Markdown table: a row a setting, a column a dataset."""
+    parts: dict[str, Callable[[Draw], Judged]] = {
+        "fit": lambda cut: settings(cut, FIT),
+        "learned": lambda cut: settings(cut, LEARNED),
+        "prior": lambda cut: priors(cut, "pet"),
+        "prior-fine-tune": lambda cut: priors(cut, "fine-tune"),
+        "student": students,
+        "base": lambda cut: base_models(cut, arguments.base),
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--part", choices=["fit", "learned", "prior", "student", "base"], default="fit")
+    parser.add_argument("--part", choices=list(parts), default="fit")
     parser.add_argument("--datasets", default="ag_news,sst2,trec6,yelp")
     parser.add_argument("--labels", type=int, default=40, help="labelled rows")
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--base", action="append", default=[], metavar="MODEL", help="for the part base")
     arguments = parser.parse_args()
-    parts: dict[str, Callable[[Draw], Judged]] = {
-        "fit": lambda cut: settings(cut, FIT),
-        "learned": lambda cut: settings(cut, LEARNED),
-        "prior": priors,
-        "student": students,
-        "base": lambda cut: base_models(cut, arguments.base),
-    }
     if arguments.part == "base" and not arguments.base:
         parser.error("--part base needs --base MODEL")
     names = arguments.datasets.split(",")

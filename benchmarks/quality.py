@@ -318,7 +318,7 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
     """
     task, base, profile = data.task, data.start, data.profile
     labelled, transfer = data.cut(labels, seed)
-    training, names, test = task.resolved("training"), task.label_names, data.test
+    names, test = task.label_names, data.test
     clock = _Clock()
     methods = [
         *METHODS,
@@ -360,13 +360,7 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
 
     from pipeline.student import distill
 
-    reads = {
-        **task.resolved("student"),
-        "template": task.student_template,
-        "labels": names,
-        "max_length": training["max_length"],
-        "truncation": training["truncation"],
-    }
+    reads = student_spec(task)
     with clock("student"):
         student = distill(reads, soft, transfer, labelled, base, profile, seed_of("distill"))
         predicted["student"] = student.log_probabilities(test.texts)
@@ -421,6 +415,18 @@ def fit_spec(task: Task, annotator: Annotator) -> dict[str, Any]:
         "pattern": annotator.pattern,
         "words": [[label, words] for label, words in task.words_of(annotator).items()],
         "labels": task.label_names,
+    }
+
+
+def student_spec(task: Task) -> dict[str, Any]:
+    """What the student is told, and whoever else reads its template."""
+    training = task.resolved("training")
+    return {
+        **task.resolved("student"),
+        "template": task.student_template,
+        "labels": task.label_names,
+        "max_length": training["max_length"],
+        "truncation": training["truncation"],
     }
 
 

@@ -133,7 +133,7 @@ def match_prior(probabilities: Floats, target: Doubles) -> Floats:
     Returns:
         float32 ``[rows, labels]``, each row summing to one.
     """
-    moved = _sound(probabilities) * np.exp(prior_shift(probabilities, target))
+    moved = _positive(probabilities) * np.exp(prior_shift(probabilities, target))
     return np.asarray(moved / moved.sum(axis=1, keepdims=True), dtype=np.float32)
 
 
@@ -149,7 +149,7 @@ def prior_shift(probabilities: Floats, target: Doubles) -> Doubles:
     Returns:
         float64 ``[labels]``.
     """
-    scale, values = np.ones_like(target), _sound(probabilities)
+    scale, values = np.ones_like(target), _positive(probabilities)
     for _ in range(100):
         moved = values * scale
         moved /= moved.sum(axis=1, keepdims=True)
@@ -170,7 +170,7 @@ def smoothed_shares(counts: npt.NDArray[np.int64]) -> Doubles:
     return np.asarray(smoothed / smoothed.sum())
 
 
-def _sound(probabilities: Floats) -> Doubles:
+def _positive(probabilities: Floats) -> Doubles:
     """In double precision and above nought, which times any scale stays nought."""
     return np.maximum(probabilities.astype(np.float64), 1e-12)
 
