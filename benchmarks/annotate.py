@@ -24,11 +24,12 @@ Everything is measured in one process, one after the other, five times over (``-
 median. Methods get numbers of rows that take them seconds, taken evenly from the rows ordered by length, so that each
 sees the same mixture. Each is first checked to give the labels that clozeline gives, but for rows that bf16 decides.
 
-Fitting (``--part fit``), optimizer steps a second over the same 40 rows in batches of 16:
+Fitting (``--part fit``), optimizer steps a second over the same ``--labels`` rows (40) in batches of 16:
 
 ============== ======================================================================================
 clozeline      the training loop of `pipeline.annotators.pet` with the quick preset
-bare           forward and backward pass of the same batches through encoder and head, in the same numbers:
+bare           forward and backward pass of the same batches through encoder and head, in the same numbers,
+               a row as often as it is drawn (clozeline reads it once a step):
                no optimizer, no tokens to be made, no loss but the sum of the vectors at the mask
 procedure_2020 the same rows and batches as the published code trains: padded to 256, fp32, the model's
                dropout, all weights trained, the whole vocabulary at every position, AdamW by a loop
@@ -84,7 +85,7 @@ from pipeline.training import prepare_for_few_steps, seed_of
 PATTERN = "{text} This is about {mask}."
 WORDS = {"World": "politics", "Sports": "sports", "Business": "business", "Sci/Tech": "technology"}
 PADDED_TO, PADDED_BATCH, PIPELINE_BATCH = 256, 8, 64
-FIT_ROWS, ADAPT_ROWS = 40, 1000
+ADAPT_ROWS = 1000
 
 
 def texts_of(data: Path, name: str) -> tuple[list[str], list[str]]:
@@ -235,16 +236,16 @@ def score_alone(base: BaseModel, data: Path, rows: int) -> float:
 # ---- fitting -------------------------------------------------------------------------------------------
 
 
-def fit(base: BaseModel, data: Path, steps: int, repeats: int) -> dict[str, Any]:
+def fit(base: BaseModel, data: Path, labels: int, steps: int, repeats: int) -> dict[str, Any]:
     """Measure fitting; see the module's text."""
     texts, names = texts_of(data, "train")
-    rows = np.random.default_rng(seed_of("rows")).permutation(len(texts))[:FIT_ROWS]
-    labels = np.array([sorted(set(names)).index(names[i]) for i in rows], dtype=np.int64)
-    labelled = Labelled({"text": [texts[i] for i in rows]}, labels)
+    rows = np.random.default_rng(seed_of("rows")).permutation(len(texts))[:labels]
+    numbers = np.array([sorted(set(names)).index(names[i]) for i in rows], dtype=np.int64)
+    labelled = Labelled({"text": [texts[i] for i in rows]}, numbers)
     profile = numeric_profile()
     spec = settings(max_length=PADDED_TO, steps=steps)
     batch = spec["batch_size"]
-    order = [rows for rows, _ in zip(pet.epochs(FIT_ROWS, batch, 0), range(steps), strict=False)]
+    order = [rows for rows, _ in zip(pet.epochs(labels, batch, 0), range(steps), strict=False)]
 
     def clozeline() -> float:
         """Seconds between the first and the last step's end, times steps over steps - 1."""
@@ -277,12 +278,12 @@ def fit(base: BaseModel, data: Path, steps: int, repeats: int) -> dict[str, Any]
         model.zero_grad(set_to_none=True)
         return taken
 
-    targets = torch.from_numpy(labels)
+    targets = torch.from_numpy(numbers)
 
     def procedure_2020(count: int) -> float:
         plain = AutoModelForMaskedLM.from_pretrained(base.path, dtype=torch.float32).train()
         optimizer = torch.optim.AdamW(plain.parameters(), lr=spec["learning_rate"], foreach=False, fused=False)
-        ids = np.full((FIT_ROWS, PADDED_TO), pad_id)
+        ids = np.full((labels, PADDED_TO), pad_id)
         for row, tokens_of_row in enumerate(encoded.tokens):
             ids[row, : len(tokens_of_row)] = tokens_of_row
 
@@ -365,6 +366,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["score", "fit", "adapt", "peak"], default="score")
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--rows", type=int, default=4000, help="for clozeline; the others get fewer")
+    parser.add_argument("--labels", type=int, default=40, help="labelled rows, for fit")
     parser.add_argument("--steps", type=int, default=50, help="for fit and adapt; adapt needs 40 or more")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
@@ -375,7 +377,7 @@ def main() -> None:
         print(score_alone(base, arguments.data, arguments.rows))
         return
     if arguments.part == "fit":
-        found = fit(base, arguments.data, arguments.steps, arguments.repeats)
+        found = fit(base, arguments.data, arguments.labels, arguments.steps, arguments.repeats)
     elif arguments.part == "adapt":
         found = adapt(base, arguments.data, arguments.steps, arguments.repeats)
     else:

@@ -29,7 +29,7 @@ from pipeline.ragged import Ragged
 from pipeline.store import canonical_json
 from pipeline.tables import Floats
 from pipeline.template import Encoder, Template
-from pipeline.training import epochs, prepare_for_few_steps, seed_of
+from pipeline.training import epochs, prepare_for_few_steps, seed_of, taken_once
 from pipeline.training import train as run_training
 
 SETTINGS = "clozeline.json"
@@ -177,12 +177,14 @@ def distill(
         chosen = [(tokens, target, t, next(order)) for tokens, target, t, order in parts]
         total = sum(len(numbers) for *_, numbers in chosen)
         with training_numbers(student.device, student.dtype):
-            for tokens, target, t, numbers in chosen:
-                for part in split_by_length(tokens.lengths[numbers]):
-                    some = numbers[part]
+            for tokens, target, t, batch in chosen:
+                rows, times = taken_once(batch, spec["dropout"])
+                for part in split_by_length(tokens.lengths[rows]):
+                    some = rows[part]
                     scores = student.logits(tokens, some)
                     wanted = target[some].to(student.device)
-                    yield F.kl_div((scores / t).log_softmax(-1), wanted, reduction="sum") * t * t / total
+                    losses = F.kl_div((scores / t).log_softmax(-1), wanted, reduction="none").sum(-1)
+                    yield losses @ torch.from_numpy(times[part]).to(losses) * t * t / total
 
     run_training(
         student.model,

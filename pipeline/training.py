@@ -41,6 +41,28 @@ def epochs(rows: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
         queue = queue[batch_size:]
 
 
+def taken_once(rows: np.ndarray, dropout: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct rows of a step and how often each is in it.
+
+    Where there are fewer labelled rows than a batch takes, most of a step's work is the same row again. Without dropout
+    a row weighted by its count gives the same gradient; with it each repetition has a mask of its own, and stays.
+
+    Args:
+        rows: row numbers of a step, int64 ``[batch]``.
+        dropout: as in `prepare_for_few_steps`.
+
+    Returns:
+        Row numbers, int64, and counts, float32, of the same length.
+
+    >>> taken_once(np.array([3, 1, 3]), 0.0)
+    (array([1, 3]), array([1., 2.], dtype=float32))
+    """
+    if dropout == 0.0:
+        rows, counts = np.unique(rows, return_counts=True)
+        return rows, counts.astype(np.float32)
+    return rows, np.ones(len(rows), dtype=np.float32)
+
+
 def prepare_for_few_steps(model: Any, *, dropout: float | None, freeze_embeddings: bool) -> None:
     """Set what few-shot fine-tuning changes about a pretrained Hugging Face model.
 

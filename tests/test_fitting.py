@@ -13,6 +13,7 @@ import torch
 from pipeline import fitting
 from pipeline.annotators import Labelled, Texts, pet
 from pipeline.base_model import BaseModel
+from pipeline.cloze import WordScorer
 from pipeline.fitting import fit_annotator
 from pipeline.progress import Progress
 from pipeline.tables import Floats
@@ -87,6 +88,32 @@ def test_an_annotator_stands_on_the_line_from_the_base_model_to_the_trained_one(
     for name in start:
         assert torch.allclose(quarter[name], start[name] + 0.25 * (end[name] - start[name]), atol=1e-6)
         assert torch.allclose(auto[name], start[name] + 24 / 40 * (end[name] - start[name]), atol=1e-6)
+
+
+def test_a_row_that_a_step_has_several_times_is_read_once_and_weighs_as_much(
+    labelled: Labelled, base: BaseModel, profile: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, shown, original = labelled.take(np.arange(3)), list[int](), WordScorer.word_scores
+
+    def counted(self: WordScorer, ids: torch.Tensor, attention: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        shown.append(len(ids))
+        return original(self, ids, attention, at)
+
+    def scores(dropout: float) -> Floats:
+        shown.clear()
+        spec = {**SPEC, "steps": 4, "learned": 1.0, "dropout": dropout}
+        with monkeypatch.context() as patch:
+            patch.setattr(WordScorer, "word_scores", counted)
+            trained = pet.train(spec, few, {"text": []}, base, profile, 0)
+        return trained.log_probabilities(labelled.texts)
+
+    once = scores(0.0)
+    assert sum(shown) == 4 * 3
+    scores(0.1)
+    assert sum(shown) == 4 * 8
+    monkeypatch.setattr(pet, "taken_once", lambda rows, dropout: (rows, np.ones(len(rows), dtype=np.float32)))
+    assert once == pytest.approx(scores(0.0), abs=1e-3)
+    assert sum(shown) == 4 * 8
 
 
 def test_a_trained_annotators_label_shares_are_moved_to_those_of_its_labelled_rows(

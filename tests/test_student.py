@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from pipeline.annotators import Labelled
 from pipeline.errors import InputError
 from pipeline.student import SETTINGS, Student, distill
+from pipeline.tables import Floats
 from tests.conftest import BAD, GOOD, POSITIONS, sentence
 
 LABELS = ["good", "bad", "neither one"]
@@ -76,6 +77,21 @@ def test_labelled_rows_alone_teach_too(base: Any, profile: Profile) -> None:
     spec = {**SPEC, "steps": 60, "batch_size": 16, "dropout": 0.0, "temperature": 1.0}
     student = distill(spec, None, {}, Labelled(texts, truth), base, profile, seed=0)
     assert (student.log_probabilities(texts).argmax(axis=1) == truth).mean() > 0.9
+
+
+def test_rows_that_a_step_has_several_times_weigh_as_often(
+    base: Any, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, truth = rows(3)
+    spec = {**SPEC, "batch_size": 8, "dropout": 0.0, "steps": 5}  # eight of three rows
+
+    def scores() -> Floats:
+        student = distill(spec, soft_labels(truth), texts, Labelled(texts, truth), base, profile, seed=0)
+        return student.log_probabilities(texts)
+
+    once = scores()
+    monkeypatch.setattr("pipeline.student.taken_once", lambda batch, dropout: (batch, np.ones(len(batch), np.float32)))
+    assert once == pytest.approx(scores(), abs=1e-3)
 
 
 ONE = {"text": ["the ticket was cold and slow."]}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.training import Diverged, epochs, prepare_for_few_steps, seed_of, train
+from pipeline.training import Diverged, epochs, prepare_for_few_steps, seed_of, taken_once, train
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 2**48))
@@ -32,6 +32,16 @@ def test_every_epoch_shows_each_row_once_however_batches_fall(rows: int, batch_s
 def test_epochs_are_shuffled_anew() -> None:
     stream = epochs(50, 50, 0)
     assert next(stream).tolist() != next(stream).tolist()
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=20))
+def test_rows_taken_once_are_the_same_rows_as_often(batch: list[int]) -> None:
+    rows, times = taken_once(np.array(batch), 0.0)
+    assert np.repeat(rows, times.astype(int)).tolist() == sorted(batch)
+    for dropout in (0.1, None):  # each repetition has a mask of its own
+        rows, times = taken_once(np.array(batch), dropout)
+        assert rows.tolist() == batch
+        assert set(times.tolist()) == {1.0}
 
 
 def test_a_seed_depends_on_its_parts_alone() -> None:

@@ -25,7 +25,7 @@ from pipeline.progress import Progress
 from pipeline.store import canonical_json
 from pipeline.tables import Floats
 from pipeline.template import Encoded, Encoder, Template
-from pipeline.training import Diverged, epochs, prepare_for_few_steps, seed_of
+from pipeline.training import Diverged, epochs, prepare_for_few_steps, seed_of, taken_once
 from pipeline.training import train as run_training
 from pipeline.verbalizer import Verbalizer
 
@@ -139,7 +139,8 @@ def train(
     start = [parameter.detach().clone() for parameter in trained] if share < 1 else []
 
     def losses_of_step(step: int) -> Iterator[torch.Tensor]:
-        rows = next(rows_of_step)
+        batch = next(rows_of_step)
+        rows, times = taken_once(batch, spec["dropout"])
         with model.autocast():  # one context a step: the weights are cast to bf16 once for all its passes
             for part in split_by_length(lengths[rows]):
                 some = rows[part]
@@ -149,7 +150,8 @@ def train(
                     at = torch.from_numpy(inputs.mask_at[some]).to(model.device)
                     scores.append(scorer.word_scores(ids, attention, at))
                 logits = scorer.label_logits(stack_words(scores, len(annotator.verbalizer.words)))
-                yield (1 - alpha) * F.cross_entropy(logits.float(), targets[some], reduction="sum") / len(rows)
+                losses = F.cross_entropy(logits.float(), targets[some], reduction="none")
+                yield (1 - alpha) * losses @ torch.from_numpy(times[part]).to(losses) / len(batch)
             if masking is not None:
                 for loss in masking.losses():
                     yield alpha * loss
