@@ -114,7 +114,8 @@ def test_one_record_a_method_and_finished_cells_are_not_run_again(
     assert [(r["labels"], r["seed"], r["method"]) for r in records] == [
         (labels, 0, name) for labels in (0, 8) for name in quality.METHODS
     ]
-    without, with_labels = by_method(records[:7]), by_method(records[7:])
+    count = len(quality.METHODS)
+    without, with_labels = by_method(records[:count]), by_method(records[count:])
     able = {name for name, record in without.items() if record["accuracy"] is not None}
     assert able == {"zero-shot", "ensemble", "student"}
     assert without["ensemble"]["accuracy"] == without["zero-shot"]["accuracy"]
@@ -130,7 +131,7 @@ def test_one_record_a_method_and_finished_cells_are_not_run_again(
     assert ran == []
     more = run(2)
     assert ran == [(8, 1)]
-    assert more[:14] == records
+    assert more[: 2 * count] == records
     assert run(2) == more
     assert ran == [(8, 1)]
 
@@ -209,6 +210,28 @@ def test_generations_are_measured_beside_the_ensemble(
     assert figures[0] == figures[1][:-2]
     assert run(0) == plain  # both are kept
     assert "| ipet | ipet-student |" in quality.table(with_ipet, 12)
+
+
+def test_fine_tuning_gets_its_label_shares_matched_as_annotators_do(
+    quality: Any, benchmark: tuple[Path, Path], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, task = benchmark
+
+    def run(strength: float) -> dict[str, dict[str, Any]]:
+        given = Task.load(task, [f"training.match_prior={strength}"])
+        loaded = quality.Dataset.load(data / "tiny", given, 12, original=tiny_model)
+        found: dict[str, dict[str, Any]] = by_method(quality.run_cell(loaded, 8, 0))
+        return found
+
+    monkeypatch.setattr(quality, "smoothed_shares", lambda counts: np.array([0.9999, 0.0001]))  # all of one label
+    moved, left = run(1.0), run(0.0)
+    for name in ("fine-tune", "original-fine-tune"):
+        assert moved[name]["macro_f1"] == left[name]["macro_f1"] > 0.4
+        assert moved[f"{name}-matched"]["macro_f1"] == pytest.approx(1 / 3, abs=1e-3)
+        assert left[f"{name}-matched"]["macro_f1"] is None
+    table = quality.paired([{**record, "seed": seed} for seed in (0, 1) for record in moved.values()])
+    rivals = [line.split(" | ")[2] for line in table.splitlines()[4:]]
+    assert rivals == ["fine-tune", "fine-tune-matched", "original-fine-tune", "original-fine-tune-matched"]
 
 
 def test_the_table_has_means_and_spreads(quality: Any) -> None:

@@ -56,7 +56,7 @@ class PetAnnotator:
 
     def calibrate(self, texts: Texts) -> None:
         """Set the label words' prior from unlabelled rows."""
-        some = _some(texts)
+        some = some_of(texts)
         if len(next(iter(some.values()), [])):
             self.scorer.calibrate(self.scorer.score(self.encode(some)))
 
@@ -68,7 +68,7 @@ class PetAnnotator:
             target: float64 ``[labels]``, summing to one, all positive.
             strength: the part of the way, in log-probabilities; 0..1.
         """
-        said: Floats = np.exp(self.log_probabilities(_some(texts)))
+        said: Floats = np.exp(self.log_probabilities(some_of(texts)))
         said = said[np.isfinite(said).all(axis=1)]  # scores that are no numbers are told of by those who use them
         if len(said):
             shift = strength * prior_shift(said, target)
@@ -86,7 +86,7 @@ class PetAnnotator:
         self.model.save_delta(path)
 
 
-def _some(texts: Texts) -> Texts:
+def some_of(texts: Texts) -> Texts:
     """As many unlabelled rows as it takes to see how often each label is said."""
     return {name: column[:PRIOR_ROWS] for name, column in texts.items()}
 
