@@ -254,6 +254,7 @@ def fit(base: BaseModel, data: Path, labels: int, steps: int, repeats: int) -> d
         return (ends[-1] - ends[0]) * steps / (steps - 1)
 
     annotator = pet.PetAnnotator(spec, base, profile)
+    annotator.model.last = None  # the encoder as it is
     encoded = annotator.encode(labelled.texts)[1]
     model, pad_id = annotator.model, annotator.tokenizer.pad_token_id
     pet.prepare_for_few_steps(model.model, dropout=spec["dropout"], freeze_embeddings=spec["freeze_embeddings"])

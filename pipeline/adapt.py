@@ -102,6 +102,8 @@ class Adapting:
         prepare_for_few_steps(self.model.model, dropout=0.0, freeze_embeddings=False)
         self.inside = inside_words(self.tokenizer) if spec["whole_words"] else None
         self.teacher = _Teacher(base.path, self.model) if spec["keep"] else None
+        if self.teacher is not None:
+            self.model.last = None  # mean-pooled vectors need every token
         prefix = self.model.model.base_model_prefix + "."
         faster = _HEAD_FASTER if self.model.new_head else 1.0
         self.optimizer = optimizer_for(

@@ -2,7 +2,8 @@
 
 Score = logits of the label words at the mask (Schick & Schütze 2021, equation 1). The encoder runs once; only
 the vectors at the mask go through the head, and only the label words' rows of the output embedding are
-multiplied. The ``[batch, length, vocabulary]`` tensor, two thirds of the work on a small model, never exists.
+multiplied. The ``[batch, length, vocabulary]`` tensor, two thirds of the work on a small model, never exists. Where the
+family allows it, the encoder's last layer too is computed at the mask alone (`pipeline.last_layer`).
 
 One path serves every family: a hook on the encoder gathers the wanted positions before the head sees them, and
 the output embedding is swapped for one that can multiply a few of its rows. So no family's head is named here. Each
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from pipeline.batching import by_length, pad
 from pipeline.errors import InputError
+from pipeline.last_layer import LastLayer, rectangle, restore, shorten, trial_rows
 from pipeline.precision import attention_for, scoring, silent_loading, training_numbers
 from pipeline.progress import Progress
 from pipeline.tables import Floats
@@ -127,6 +129,8 @@ class ClozeModel(nn.Module):
         shortcut: how much of the full forward pass is spared. ``label words``: only the positions that are asked for
             go through the head, and only the words' rows are multiplied. ``positions``: those positions, and the
             whole vocabulary. ``none``: the full pass, which is right for any model and slow. Both score in fp32.
+        last: the encoder's last layer, if it is computed at those positions alone; None, which may be set, computes
+            it everywhere.
         new_head: the names of the weights that were not in the file.
 
     Raises:
@@ -139,6 +143,7 @@ class ClozeModel(nn.Module):
         self.dtype = getattr(torch, profile["dtype"])
         self.model, self.new_head = _load(path, self.device, new_head)
         self.decoder: _RowsOfDecoder | None = None
+        self.last: LastLayer | None = None
         self._at: tuple[torch.Tensor, torch.Tensor] | None = None
         self.model.eval()
         self.shortcut = self._take_shortcut()
@@ -147,10 +152,7 @@ class ClozeModel(nn.Module):
     def _take_shortcut(self) -> Shortcut:
         """The shortest way whose logits are the full forward pass's, on a few made-up rows."""
         vocabulary = int(self.model.config.vocab_size)
-        # Ids from the middle of the vocabulary: special tokens, which some families count or skip, lie at its ends.
-        ids = (vocabulary // 2 + torch.arange(14).reshape(2, 7) * 3) % vocabulary
-        attention = torch.ones_like(ids)
-        attention[1, 5:] = 0
+        ids, attention = trial_rows(vocabulary)
         rows, columns, words = torch.tensor([0, 1, 1]), torch.tensor([6, 0, 4]), torch.tensor([1, vocabulary // 2])
         with torch.inference_mode():
             full = self.model(input_ids=ids, attention_mask=attention).logits[rows, columns]
@@ -171,6 +173,10 @@ class ClozeModel(nn.Module):
         if not is_right():
             hook.remove()
             return "none"
+        self.last = shorten(self.model)
+        if self.last is not None and not is_right():
+            restore(self.model)
+            self.last = None
         plain = self.model.get_output_embeddings()
         if isinstance(plain, nn.Linear) and plain.out_features == vocabulary:
             self.shortcut, self.decoder = "label words", _RowsOfDecoder(plain)
@@ -182,8 +188,7 @@ class ClozeModel(nn.Module):
         return "positions"
 
     def _gather(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        rows, columns = self._at  # type: ignore[misc]
-        output["last_hidden_state"] = output[0][rows, columns].float()
+        output["last_hidden_state"] = output[0][self._at].float()
         return output
 
     @contextmanager
@@ -209,7 +214,7 @@ class ClozeModel(nn.Module):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        rows: torch.Tensor,
+        rows: torch.Tensor | None,
         columns: torch.Tensor,
         words: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -218,17 +223,24 @@ class ClozeModel(nn.Module):
         Args:
             input_ids: int64 ``[batch, length]``.
             attention_mask: int64 ``[batch, length]``.
-            rows, columns: int64, the positions, of one shape.
+            rows, columns: int64, the positions, of one shape. No rows stand for as many columns in each row, int64
+                ``[batch, wanted]``.
             words: int64 ``[words]``: only these rows of the output embedding; all by default.
 
         Returns:
             float ``[*positions, words]``.
         """
-        self._at = (rows, columns)
+        if rows is None:
+            rows = torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)
+            wanted, place = columns, torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+        elif self.last is not None:
+            wanted, place = rectangle(rows, columns, len(input_ids))
+        self._at = (rows, columns if self.last is None else place)
         if self.decoder is not None:
             self.decoder.rows = words
         try:
-            logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+            with nullcontext() if self.last is None else self.last.at(wanted):
+                logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         finally:
             self._at = None
             if self.decoder is not None:
@@ -307,9 +319,8 @@ class WordScorer:
             The words' numbers, int64 ``[some words]``, and float32 ``[batch, some words]``.
         """
         numbers, unique, where = self._groups[mask_at.shape[1]]
-        rows = torch.arange(len(input_ids), device=input_ids.device)[:, None].expand_as(mask_at)
         mixed = len(self._groups) > 1
-        logits = self.model.logits_at(input_ids, attention_mask, rows, mask_at, None if mixed else unique).float()
+        logits = self.model.logits_at(input_ids, attention_mask, None, mask_at, None if mixed else unique).float()
         if mixed:
             logits = logits.log_softmax(-1)[..., unique]
         tokens = torch.arange(mask_at.shape[1], device=logits.device)

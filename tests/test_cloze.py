@@ -241,7 +241,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def _make(family: str, path: Path) -> Any:
+def make(family: str, path: Path) -> Any:
     torch.manual_seed(1)
     config = AutoConfig.for_model(family.split()[0], **FAMILIES[family])
     AutoModelForMaskedLM.from_config(config).save_pretrained(path)
@@ -255,7 +255,7 @@ class FamilyScene:
     WORDS = torch.tensor([7, 9, 70])
 
     def __init__(self, family: str, padded: bool, path: Path, profile: Mapping[str, str]) -> None:
-        self.plain = _make(family, path)
+        self.plain = make(family, path)
         self.model = ClozeModel(path, profile)
         self.ids = torch.randint(5, 80, (3, 17), generator=torch.Generator().manual_seed(0))
         self.attention = torch.ones_like(self.ids)
