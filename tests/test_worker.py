@@ -161,7 +161,9 @@ def test_stage_out_of_memory_is_told_and_fits_with_smaller_batches(
     request_of_fit: Any, tiny_task: MakeTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengthen(tiny_task().parent / "labelled.parquet")
-    overrides = "training.batch_size=1024", "training.steps=1", "training.folds=0", "training.max_length=64"
+    # With dropout, since without it a row is read once a step however often it is drawn.
+    settings = {"batch_size": 1024, "steps": 1, "folds": 0, "max_length": 64, "dropout": 0.1}
+    overrides = [f"training.{key}={value}" for key, value in settings.items()]
     request = request_of_fit(*overrides)
     with StageProcess() as free:
         free.run({**request, "batch_share": 1 / 512}, lambda done, total: None)
