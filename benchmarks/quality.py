@@ -42,7 +42,8 @@ that includes all fits and their cross-validation.
 
 Each finished cell is appended to ``--out``; a cell that is there, from the same data and settings, is not run again.
 It may come from another machine, where numbers are rounded otherwise (the line tells device and numbers): what is
-compared is always of one cell. So a table can be made on several days and machines.
+compared is always of one cell. So a table can be made on several days and machines, and by several processes at once:
+``--share 1/2`` and ``--share 2/2`` run every other cell each, into the same file; the command without it prints all.
 """
 
 from __future__ import annotations
@@ -651,6 +652,13 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
+def _share(text: str) -> tuple[int, int]:
+    k, n = (int(part) for part in text.split("/"))
+    if not 1 <= k <= n:
+        raise ValueError("shares are 1/N to N/N")
+    return k, n
+
+
 def run(
     data: Path,
     datasets: Sequence[str],
@@ -664,6 +672,7 @@ def run(
     overrides: Sequence[str] = (),
     dev: bool = False,
     original: Path | None = None,
+    share: tuple[int, int] = (1, 1),
 ) -> list[Record]:
     """Run the cells that are not there yet.
 
@@ -679,9 +688,10 @@ def run(
         overrides: dotted.key=value, for the task.
         dev: score rows cut from train.
         original: another encoder, to fine-tune and to embed with.
+        share: (k, n) takes the k-th of every n cells alone.
 
     Returns:
-        The records of all wanted cells: dataset, labels, seed, method, accuracy, macro_f1, seconds.
+        The records of these cells: dataset, labels, seed, method, accuracy, macro_f1, seconds.
 
     Raises:
         InputError: a dataset or a task is missing or does not fit.
@@ -700,6 +710,7 @@ def run(
                 draw(loaded.train.labels, number, 0)  # tells now what can't be drawn, not hours later
             # Without labels nothing is drawn, so that all seeds would give the same.
             wanted += [(loaded, number, seed, loaded.key(number, seed)) for seed in range(seeds if number else 1)]
+    wanted = wanted[share[0] - 1 :: share[1]]
     _say(f"transfer and test sets hold at most {cap:,} rows each, drawn with a fixed seed (--cap)")
     missing = [cell for cell in wanted if cell[3] not in results.cells]
     there = len(wanted) - len(missing)
@@ -747,6 +758,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the task")
     parser.add_argument("--dev", action="store_true", help="score rows cut from train, and leave the test rows alone")
     parser.add_argument("--original", type=Path, metavar="DIR", help="another encoder to fine-tune and embed with")
+    parser.add_argument("--share", type=_share, default=(1, 1), metavar="K/N", help="the K-th of every N cells alone")
     parser.add_argument("--out", type=Path, metavar="FILE", help="finished cells; default quality-NAMES-capROWS.jsonl")
     parser.add_argument("--json", action="store_true", help="print the records as JSON instead of tables")
     given = parser.parse_args(arguments)
@@ -769,6 +781,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overrides=given.set,
             dev=given.dev,
             original=given.original,
+            share=given.share,
         )
     except ClozelineError as error:
         _say(f"error: {error}")

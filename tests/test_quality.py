@@ -135,11 +135,22 @@ def test_one_record_a_method_and_finished_cells_are_not_run_again(
     assert run(2) == more
     assert ran == [(8, 1)]
 
+    ran.clear()
+    shares = [quality.run(data, ["tiny"], [0, 8], 3, task=task, cap=10, out=out, share=(k, 2)) for k in (1, 2)]
+    assert ran == [(8, 2)]
+    assert [(r[0]["labels"], r[0]["seed"]) for share in shares for r in (share, share[count:])] == [
+        (0, 0),
+        (8, 1),
+        (8, 0),
+        (8, 2),
+    ]
+
+    ran.clear()
     changed = yaml.safe_load(task.read_text())
     changed["training"]["learning_rate"] = 3e-4
     task.write_text(yaml.safe_dump(changed))
     run(1)
-    assert ran == [(8, 1), (0, 0), (8, 0)]
+    assert ran == [(0, 0), (8, 0)]
 
 
 def test_no_cross_validation_without_two_rows_of_each_label(quality: Any, benchmark: tuple[Path, Path]) -> None:
