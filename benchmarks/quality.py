@@ -29,10 +29,10 @@ Rows: equal texts are taken once, and training texts that are test texts are lef
 drawn from train, stratified, at least one a class. The transfer set is the rest of train, or
 ``unlabeled.parquet`` where there is one. Transfer set and test set hold at most ``--cap`` rows (2,000), drawn
 with one fixed seed. A method that cannot run has a null accuracy: best-annotator where a class has fewer than
-two rows (there is no honest cross-validation), fine-tune-matched where nothing is moved (forty rows and more), all
-that need labels where there are none. With 0 labels nothing is drawn, so there is one cell, seed 0. With ``--dev`` the
-rows to score are cut from train, by a fixed seed, and the test rows stay untouched: that is how settings and models are
-chosen.
+two rows (there is no honest cross-validation), fine-tune-matched where nothing is moved (by default from forty
+rows on), all that need labels where there are none. With 0 labels nothing is drawn, so there is one cell, seed 0. With
+``--dev`` the rows to score are cut from train, by a fixed seed, and the test rows stay untouched: that is how settings
+and models are chosen.
 
 ``--set adapt.steps=N`` trains the base model on the dataset's unlabelled texts first, once for all its cells: labelled
 or not, but never on those that are scored. The seconds of that are in no method's.
@@ -397,6 +397,7 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
                 if name == "fine-tune" and strength:
                     with clock(matched := f"{prefix}fine-tune-matched"):
                         said = np.exp(rival.log_probabilities(some_of(transfer)))
+                        said = said[np.isfinite(said).all(axis=1)]
                         shift = strength * prior_shift(said, smoothed_shares(counts))
                         predicted[matched] = (scores + shift).astype(np.float32)
                     clock.seconds[matched] += clock.seconds[prefix + name]
@@ -567,7 +568,9 @@ def estimate(data: Dataset, labels: int, rates: Rates) -> float:
     pool = data.train if data.unlabelled is None else data.unlabelled
     transfer, test = min(data.cap, len(pool)), len(data.test)
     fits = 1 + training["folds"] if labels and training["steps"] else 0
-    batch = training["batch_size"] + (training["mlm_batch_size"] if training["mlm_alpha"] else 0)
+    # Without dropout a step reads a row once (`pipeline.training.taken_once`).
+    batch = min(training["batch_size"], labels) if training["dropout"] == 0.0 else training["batch_size"]
+    batch += training["mlm_batch_size"] if training["mlm_alpha"] else 0
     generations = data.task.ipet.generations
     trained = members * (fits + generations) * training["steps"] * batch
     students = 2 if generations else 1

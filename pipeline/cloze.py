@@ -27,7 +27,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from pipeline.batching import by_length, pad
 from pipeline.errors import InputError
-from pipeline.last_layer import LastLayer, rectangle, restore, shorten, trial_rows
+from pipeline.last_layer import LastLayer, rectangle, shorten, trial_rows
 from pipeline.precision import attention_for, scoring, silent_loading, training_numbers
 from pipeline.progress import Progress
 from pipeline.tables import Floats
@@ -175,8 +175,7 @@ class ClozeModel(nn.Module):
             return "none"
         self.last = shorten(self.model)
         if self.last is not None and not is_right():
-            restore(self.model)
-            self.last = None
+            self.last = None  # unused it is the layer that was there
         plain = self.model.get_output_embeddings()
         if isinstance(plain, nn.Linear) and plain.out_features == vocabulary:
             self.shortcut, self.decoder = "label words", _RowsOfDecoder(plain)

@@ -22,7 +22,7 @@ _FAMILIES = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"}
 
 
 class LastLayer(nn.Module):
-    """Takes the place of a BERT layer, with its modules under their names.
+    """Takes the place of a BERT layer, with its modules under their names, and is that layer until `at` is used.
 
     Attributes:
         columns: the tokens of each row whose vectors are wanted, int64 ``[batch, wanted]``; None gives those of all.
@@ -75,18 +75,12 @@ def shorten(model: Any) -> LastLayer | None:
     Returns:
         The layer; None, and nothing is changed, where the model is of another kind.
     """
-    config = model.config
-    if config.model_type not in _FAMILIES or config.is_decoder:
+    config, encoder = model.config, getattr(model.base_model, "encoder", None)
+    layers = getattr(encoder, "layer", None)
+    if config.model_type not in _FAMILIES or config.is_decoder or not layers:
         return None
-    layers = model.base_model.encoder.layer
     layers[-1] = LastLayer(layers[-1])
     return layers[-1]  # type: ignore[no-any-return]
-
-
-def restore(model: Any) -> None:
-    """Undo `shorten`."""
-    layers = model.base_model.encoder.layer
-    layers[-1] = layers[-1]._whole[0]
 
 
 def trial_rows(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ from pipeline.base_model import BaseModel
 from pipeline.batching import by_length, pad, split_by_length
 from pipeline.cloze import load_tokenizer
 from pipeline.errors import InputError
-from pipeline.last_layer import LastLayer, restore, shorten, trial_rows
+from pipeline.last_layer import LastLayer, shorten, trial_rows
 from pipeline.precision import attention_for, exact_outputs, scoring, training_numbers
 from pipeline.progress import Progress
 from pipeline.ragged import Ragged
@@ -46,6 +46,9 @@ class Student:
         path: a base model's directory (a new head is made) or a student's.
         settings: template, max_length, truncation, labels.
         profile: the numeric profile.
+
+    Attributes:
+        last: the encoder's last layer, if it is computed for the first token alone.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], profile: Mapping[str, str], seed: int = 0) -> None:
@@ -62,7 +65,7 @@ class Student:
             label2id={label: i for i, label in enumerate(self.labels)},
         )
         self.model.eval()
-        self._last = self._take_shortcut()
+        self.last = self._take_shortcut()
         self.model.to(self.device).eval()
         exact_outputs(self.model.base_model)
         self.tokenizer = load_tokenizer(path)
@@ -71,21 +74,18 @@ class Student:
 
     def _take_shortcut(self) -> LastLayer | None:
         """The encoder's last layer, computed for the first token alone, if that gives the logits of the whole."""
+        last = shorten(self.model)
+        if last is None:
+            return None
         ids, attention = trial_rows(int(self.model.config.vocab_size))
-        with torch.inference_mode():
-            whole = self.model(input_ids=ids, attention_mask=attention).logits
-            last = shorten(self.model)
-            if last is None:
-                return None
-            try:
+        try:
+            with torch.inference_mode():
+                whole = self.model(input_ids=ids, attention_mask=attention).logits
                 with last.at(ids.new_zeros(len(ids), 1)):
                     short = self.model(input_ids=ids, attention_mask=attention).logits
-                if torch.allclose(short, whole, rtol=1e-4, atol=1e-4):
-                    return last
-            except Exception:  # whatever a layer or head that was not made for this does
-                pass
-        restore(self.model)
-        return None
+        except Exception:  # whatever a layer or head that was not made for this does
+            return None
+        return last if torch.allclose(short, whole, rtol=1e-4, atol=1e-4) else None
 
     @classmethod
     def load(cls, path: Path, profile: Mapping[str, str]) -> Student:
@@ -115,7 +115,7 @@ class Student:
     def logits(self, tokens: Ragged, rows: npt.NDArray[np.integer]) -> torch.Tensor:
         """Logits ``[rows, labels]`` of some rows, with a graph when gradients are on."""
         ids, attention = pad(tokens, rows, self.tokenizer.pad_token_id, self.device)
-        with nullcontext() if self._last is None else self._last.at(ids.new_zeros(len(ids), 1)):
+        with nullcontext() if self.last is None else self.last.at(ids.new_zeros(len(ids), 1)):
             logits: torch.Tensor = self.model(input_ids=ids, attention_mask=attention).logits.float()
         return logits
 
@@ -207,7 +207,8 @@ def distill(
                     scores = student.logits(tokens, some)
                     wanted = target[some].to(student.device)
                     losses = F.kl_div((scores / t).log_softmax(-1), wanted, reduction="none").sum(-1)
-                    yield losses @ torch.from_numpy(times[part]).to(losses) * t * t / total
+                    # No matrix product, which autocast would round to bf16.
+                    yield (losses * torch.from_numpy(times[part]).to(losses)).sum() * t * t / total
 
     run_training(
         student.model,

@@ -45,7 +45,8 @@ def taken_once(rows: np.ndarray, dropout: float | None) -> tuple[np.ndarray, np.
     """The distinct rows of a step and how often each is in it.
 
     Where there are fewer labelled rows than a batch takes, most of a step's work is the same row again. Without dropout
-    a row weighted by its count gives the same gradient; with it each repetition has a mask of its own, and stays.
+    a row weighted by its count gives the same gradient; with it each repetition has a mask of its own, and stays. (What
+    little dropout is not a module's stays switched on and gives repetitions one mask: the same gradient on average.)
 
     Args:
         rows: row numbers of a step, int64 ``[batch]``.

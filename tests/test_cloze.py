@@ -229,6 +229,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bert": _COMMON,
     "roberta": {**_COMMON, "pad_token_id": 1},
     "xlm-roberta": {**_COMMON, "pad_token_id": 1},
+    "camembert": {**_COMMON, "pad_token_id": 1},
     "mpnet": {**_COMMON, "pad_token_id": 1},
     "albert": {**_COMMON, "embedding_size": 16},
     "electra": {**_COMMON, "embedding_size": 16},

@@ -16,6 +16,7 @@ from pipeline.base_model import BaseModel
 from pipeline.cloze import WordScorer
 from pipeline.fitting import fit_annotator
 from pipeline.progress import Progress
+from pipeline.student import distill
 from pipeline.tables import Floats
 from pipeline.training import Diverged
 from tests.conftest import BAD, GOOD, sentence
@@ -114,6 +115,24 @@ def test_a_row_that_a_step_has_several_times_is_read_once_and_weighs_as_much(
     monkeypatch.setattr(pet, "taken_once", lambda rows, dropout: (rows, np.ones(len(rows), dtype=np.float32)))
     assert once == pytest.approx(scores(0.0), abs=1e-3)
     assert sum(shown) == 4 * 8
+
+
+def test_losses_stay_exact_where_the_model_computes_in_bf16(
+    labelled: Labelled, base: BaseModel, profile: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = []
+
+    def training(model: Any, losses_of_step: Any, **settings: Any) -> None:
+        numbers.extend(loss.dtype for loss in losses_of_step(0))
+
+    monkeypatch.setattr("pipeline.annotators.pet.run_training", training)
+    monkeypatch.setattr("pipeline.student.run_training", training)
+    coarse = {**profile, "dtype": "bfloat16"}
+    pet.train(SPEC, labelled, labelled.texts, base, coarse, 0)
+    student = {**SPEC, "template": "{text}", "temperature": 2.0}
+    distill(student, np.full((24, 2), 0.5, np.float32), labelled.texts, labelled, base, coarse, 0)
+    assert set(numbers) == {torch.float32}
+    assert len(numbers) >= 3
 
 
 def test_a_trained_annotators_label_shares_are_moved_to_those_of_its_labelled_rows(

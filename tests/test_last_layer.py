@@ -11,18 +11,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from pipeline.base_model import BaseModel
 from pipeline.cloze import ClozeModel, load_tokenizer
-from pipeline.last_layer import LastLayer, rectangle
+from pipeline.last_layer import LastLayer, rectangle, shorten
 from pipeline.ragged import Ragged
 from pipeline.student import Student, distill
 from pipeline.tables import Floats
 from tests.test_cloze import EXACT, FAMILIES, make
 from tests.test_student import NOTHING, SPEC, rows, soft_labels
 
-BERT_LIKE = {"bert", "roberta", "xlm-roberta", "electra"}
+BERT_LIKE = {"bert", "camembert", "electra", "roberta", "xlm-roberta"}
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 30)), min_size=1, max_size=25))
@@ -69,7 +69,7 @@ def test_a_student_of_every_family_says_what_the_plain_classifier_says(
     plain.save_pretrained(tmp_path)
     load_tokenizer(tiny_model).save_pretrained(tmp_path)
     student = Student(tmp_path, {**SPEC, "max_length": 30}, profile)
-    assert any(isinstance(module, LastLayer) for module in student.model.modules()) == (family in BERT_LIKE)
+    assert (student.last is not None) == (family in BERT_LIKE)
     assert student.model.state_dict().keys() == plain.state_dict().keys()
     draw = np.random.default_rng(0)
     tokens = Ragged.of([draw.integers(5, 80, length).astype(np.int32) for length in (17, 9, 12)])
@@ -114,4 +114,23 @@ def test_a_layer_that_is_not_what_it_looks_like_is_computed_whole(
         model = ClozeModel(tmp_path, profile)
         assert model.last is None
         assert model.shortcut == "label words"
-        assert not any(isinstance(module, LastLayer) for module in model.modules())
+        ids = torch.full((2, 9), 9)
+        with torch.no_grad():
+            model.logits_at(ids, torch.ones_like(ids), None, torch.tensor([[4], [5]]))  # would raise or be wrong
+
+
+def test_dropout_in_the_last_layers_attention_is_trainings_alone(tmp_path: Path) -> None:
+    make("bert", tmp_path)
+    config = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.0}
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path, **config)
+    last = shorten(model)
+    assert last is not None
+
+    def vectors() -> torch.Tensor:
+        with torch.no_grad(), last.at(torch.tensor([[3], [8]])):
+            found: torch.Tensor = last(torch.arange(2 * 9 * 32).reshape(2, 9, 32).sin())
+        return found
+
+    assert torch.equal(vectors(), vectors())
+    model.train()
+    assert (vectors() - vectors()).abs().max() > 0.01

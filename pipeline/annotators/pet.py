@@ -151,7 +151,9 @@ def train(
                     scores.append(scorer.word_scores(ids, attention, at))
                 logits = scorer.label_logits(stack_words(scores, len(annotator.verbalizer.words)))
                 losses = F.cross_entropy(logits.float(), targets[some], reduction="none")
-                yield (1 - alpha) * losses @ torch.from_numpy(times[part]).to(losses) / len(batch)
+                # No matrix product, which autocast would round to bf16.
+                total = (losses * torch.from_numpy(times[part]).to(losses)).sum()
+                yield (1 - alpha) * total / len(batch)
             if masking is not None:
                 for loss in masking.losses():
                     yield alpha * loss
