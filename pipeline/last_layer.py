@@ -46,7 +46,7 @@ class LastLayer(nn.Module):
 
     def forward(
         self, hidden: torch.Tensor, attention_mask: torch.Tensor | None = None, *more: Any, **named: Any
-    ) -> Any:
+    ) -> torch.Tensor:
         """The layer's output, for all tokens ``[batch, length, width]`` or for `columns`."""
         columns = self.columns
         if columns is None:
