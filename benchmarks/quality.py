@@ -75,11 +75,11 @@ from scipy import stats
 
 from pipeline import tables
 from pipeline.annotators import Labelled, Texts, method
-from pipeline.annotators.pet import prior_strength, some_of
+from pipeline.annotators.pet import prior_strength, shares_shift
 from pipeline.base_model import BaseModel, resolve_base_model
 from pipeline.cloze import load_tokenizer
 from pipeline.device import numeric_profile
-from pipeline.ensemble import blend, prior_shift, smoothed_shares, soft_labels
+from pipeline.ensemble import blend, smoothed_shares, soft_labels
 from pipeline.errors import ClozelineError, InputError
 from pipeline.fitting import fit_annotator
 from pipeline.ipet import select_rows, selection_seed, teachers
@@ -396,9 +396,7 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
                 predicted[prefix + name] = scores
                 if name == "fine-tune" and strength:
                     with clock(matched := f"{prefix}fine-tune-matched"):
-                        said = np.exp(rival.log_probabilities(some_of(transfer)))
-                        said = said[np.isfinite(said).all(axis=1)]
-                        shift = strength * prior_shift(said, smoothed_shares(counts))
+                        shift = shares_shift(rival, transfer, smoothed_shares(counts), strength)
                         predicted[matched] = (scores + shift).astype(np.float32)
                     clock.seconds[matched] += clock.seconds[prefix + name]
 

@@ -31,7 +31,7 @@ from pipeline.ragged import Ragged
 from pipeline.store import canonical_json
 from pipeline.tables import Floats
 from pipeline.template import Encoder, Template
-from pipeline.training import epochs, prepare_for_few_steps, seed_of, taken_once
+from pipeline.training import epochs, prepare_for_few_steps, seed_of, taken_once, weighted_sum
 from pipeline.training import train as run_training
 
 SETTINGS = "clozeline.json"
@@ -207,8 +207,7 @@ def distill(
                     scores = student.logits(tokens, some)
                     wanted = target[some].to(student.device)
                     losses = F.kl_div((scores / t).log_softmax(-1), wanted, reduction="none").sum(-1)
-                    # No matrix product, which autocast would round to bf16.
-                    yield (losses * torch.from_numpy(times[part]).to(losses)).sum() * t * t / total
+                    yield weighted_sum(losses, times[part]) * t * t / total
 
     run_training(
         student.model,

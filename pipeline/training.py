@@ -64,6 +64,14 @@ def taken_once(rows: np.ndarray, dropout: float | None) -> tuple[np.ndarray, np.
     return rows, np.ones(len(rows), dtype=np.float32)
 
 
+def weighted_sum(losses: torch.Tensor, times: np.ndarray) -> torch.Tensor:
+    """Losses by the counts of `taken_once`, added up: float ``[rows]`` to a scalar of the same numbers.
+
+    No matrix product, which autocast would round to bf16.
+    """
+    return (losses * torch.from_numpy(times).to(losses)).sum()
+
+
 def prepare_for_few_steps(model: Any, *, dropout: float | None, freeze_embeddings: bool) -> None:
     """Set what few-shot fine-tuning changes about a pretrained Hugging Face model.
 

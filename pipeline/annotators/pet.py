@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from pipeline.annotators import Labelled, Texts
+from pipeline.annotators import Annotator, Labelled, Texts
 from pipeline.base_model import BaseModel
 from pipeline.batching import pad, split_by_length
 from pipeline.cloze import ClozeModel, WordScorer, load_tokenizer, stack_words
@@ -25,7 +25,7 @@ from pipeline.progress import Progress
 from pipeline.store import canonical_json
 from pipeline.tables import Floats
 from pipeline.template import Encoded, Encoder, Template
-from pipeline.training import Diverged, epochs, prepare_for_few_steps, seed_of, taken_once
+from pipeline.training import Diverged, epochs, prepare_for_few_steps, seed_of, taken_once, weighted_sum
 from pipeline.training import train as run_training
 from pipeline.verbalizer import Verbalizer
 
@@ -56,7 +56,7 @@ class PetAnnotator:
 
     def calibrate(self, texts: Texts) -> None:
         """Set the label words' prior from unlabelled rows."""
-        some = some_of(texts)
+        some = _some(texts)
         if len(next(iter(some.values()), [])):
             self.scorer.calibrate(self.scorer.score(self.encode(some)))
 
@@ -68,12 +68,9 @@ class PetAnnotator:
             target: float64 ``[labels]``, summing to one, all positive.
             strength: the part of the way, in log-probabilities; 0..1.
         """
-        said: Floats = np.exp(self.log_probabilities(some_of(texts)))
-        said = said[np.isfinite(said).all(axis=1)]  # scores that are no numbers are told of by those who use them
-        if len(said):
-            shift = strength * prior_shift(said, target)
-            of_words = shift[[word.label for word in self.verbalizer.words]]
-            self.scorer.bias -= torch.from_numpy(of_words).to(self.scorer.bias)
+        shift = shares_shift(self, texts, target, strength)
+        of_words = shift[[word.label for word in self.verbalizer.words]]
+        self.scorer.bias -= torch.from_numpy(of_words).to(self.scorer.bias)
 
     def log_probabilities(self, texts: Texts, progress: Progress | None = None) -> Floats:
         """Log-probabilities of the labels, float32 ``[rows, labels]``."""
@@ -86,7 +83,18 @@ class PetAnnotator:
         self.model.save_delta(path)
 
 
-def some_of(texts: Texts) -> Texts:
+def shares_shift(annotator: Annotator, texts: Texts, target: Doubles, strength: float) -> Doubles:
+    """What to add to any annotator's log-probabilities to move its label shares; see `PetAnnotator.match_prior`.
+
+    Returns:
+        float64 ``[labels]``; zeros where there is no row to see its shares from.
+    """
+    said: Floats = np.exp(annotator.log_probabilities(_some(texts)))
+    said = said[np.isfinite(said).all(axis=1)]  # scores that are no numbers are told of by those who use them
+    return strength * prior_shift(said, target) if len(said) else np.zeros_like(target)
+
+
+def _some(texts: Texts) -> Texts:
     """As many unlabelled rows as it takes to see how often each label is said."""
     return {name: column[:PRIOR_ROWS] for name, column in texts.items()}
 
@@ -151,9 +159,7 @@ def train(
                     scores.append(scorer.word_scores(ids, attention, at))
                 logits = scorer.label_logits(stack_words(scores, len(annotator.verbalizer.words)))
                 losses = F.cross_entropy(logits.float(), targets[some], reduction="none")
-                # No matrix product, which autocast would round to bf16.
-                total = (losses * torch.from_numpy(times[part]).to(losses)).sum()
-                yield (1 - alpha) * total / len(batch)
+                yield (1 - alpha) * weighted_sum(losses, times[part]) / len(batch)
             if masking is not None:
                 for loss in masking.losses():
                     yield alpha * loss
