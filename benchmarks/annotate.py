@@ -260,7 +260,7 @@ def fit(base: BaseModel, data: Path, labels: int, steps: int, repeats: int) -> d
     pet.prepare_for_few_steps(model.model, dropout=spec["dropout"], freeze_embeddings=spec["freeze_embeddings"])
     batches = []
     for some in order:
-        for part in pet.split_by_length(encoded.tokens.lengths[some]):
+        for part in pet.split_by_length(encoded.tokens.lengths[some], model.device):
             ids, attention = pad(encoded.tokens, some[part], pad_id, model.device)
             at = torch.from_numpy(encoded.mask_at[some[part], 0])
             batches.append((ids, attention, torch.arange(len(part)), at))

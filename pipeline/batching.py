@@ -87,19 +87,21 @@ def pad(
     return torch.from_numpy(ids.astype(np.int64)).to(device), torch.from_numpy(own.astype(np.int64)).to(device)
 
 
-def split_by_length(lengths: Sequence[int] | Numbers) -> list[npt.NDArray[np.int64]]:
+def split_by_length(lengths: Sequence[int] | Numbers, device: torch.device) -> list[npt.NDArray[np.int64]]:
     """Split the rows of one training step into micro-batches: two if that saves padding, more to spare memory.
 
     One long text among sixteen pads all of them to its length. The step's gradient is the same either way; the
-    cost is in padded tokens, plus what a second pass costs.
+    cost is in padded tokens, plus what a second pass costs. On CUDA that is starting a pass's kernels, which takes
+    longer than the few rows of a step themselves: nothing is split to save padding there.
 
     Args:
         lengths: tokens of each row of the step.
+        device: where they will be computed.
 
     Returns:
         Arrays of positions in ``lengths``; one or two of them, each cut further under a `batch_share` below 1.
     """
-    parts = _two_by_length(lengths)
+    parts = [np.arange(len(lengths))] if device.type == "cuda" else _two_by_length(lengths)
     if _batch_share == 1.0:
         return parts
     most = max(int(len(lengths) * _batch_share), 1)

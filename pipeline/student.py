@@ -202,7 +202,7 @@ def distill(
         with training_numbers(student.device, student.dtype):
             for tokens, target, t, batch in chosen:
                 rows, times = taken_once(batch, spec["dropout"])
-                for part in split_by_length(tokens.lengths[rows]):
+                for part in split_by_length(tokens.lengths[rows], student.device):
                     some = rows[part]
                     scores = student.logits(tokens, some)
                     wanted = target[some].to(student.device)

@@ -71,7 +71,7 @@ def padded_tokens(lengths: list[int], parts: list[np.ndarray]) -> int:
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=40))
 def test_a_step_is_split_in_two_at_most_and_only_where_that_saves(lengths: list[int]) -> None:
-    parts = split_by_length(lengths)
+    parts = split_by_length(lengths, CPU)
     assert sorted(i for part in parts for i in part.tolist()) == list(range(len(lengths)))
     assert len(parts) in {1, 2}
     assert all(len(part) > 0 for part in parts)
@@ -80,13 +80,17 @@ def test_a_step_is_split_in_two_at_most_and_only_where_that_saves(lengths: list[
 
 
 def test_one_long_text_among_short_ones_goes_alone() -> None:
-    parts = split_by_length([20] * 8 + [500] + [20] * 7)
+    parts = split_by_length([20] * 8 + [500] + [20] * 7, CPU)
     assert sorted(map(len, parts)) == [1, 15]
     assert [8] in [part.tolist() for part in parts]
 
 
 def test_texts_of_one_length_stay_together() -> None:
-    assert len(split_by_length([64] * 16)) == 1
+    assert len(split_by_length([64] * 16, CPU)) == 1
+
+
+def test_on_cuda_a_step_stays_whole_since_a_second_pass_costs_more_than_padding() -> None:
+    assert [part.tolist() for part in split_by_length([20, 500, 20], CUDA)] == [[0, 1, 2]]
 
 
 @given(st.lists(st.integers(1, 120), min_size=1, max_size=90), st.sampled_from([0.5, 0.25]))
@@ -94,7 +98,7 @@ def test_half_batches_hold_every_row_once_in_pieces_of_that_share(lengths: list[
     set_batch_share(share)
     try:
         assert batch_share() == share
-        pieces, batches = split_by_length(lengths), by_length(lengths, CPU)
+        pieces, batches = split_by_length(lengths, CPU), by_length(lengths, CPU)
     finally:
         set_batch_share(1.0)
     assert sorted(i for piece in pieces for i in piece.tolist()) == list(range(len(lengths)))

@@ -150,7 +150,7 @@ def train(
         batch = next(rows_of_step)
         rows, times = taken_once(batch, spec["dropout"])
         with model.autocast():  # one context a step: the weights are cast to bf16 once for all its passes
-            for part in split_by_length(lengths[rows]):
+            for part in split_by_length(lengths[rows], model.device):
                 some = rows[part]
                 scores = []
                 for inputs in encoded.values():
@@ -232,7 +232,7 @@ class _Masking:
         tokenizer, model = self.annotator.tokenizer, self.annotator.model
         masked = mask(inputs, tokenizer.mask_token_id, len(tokenizer), self.random)
         hidden = masked.rows
-        for part in split_by_length(masked.tokens.lengths[hidden]) if len(hidden) else ():
+        for part in split_by_length(masked.tokens.lengths[hidden], model.device) if len(hidden) else ():
             ids, attention = pad(masked.tokens, hidden[part], tokenizer.pad_token_id, model.device)
             rows_at, columns, targets = (torch.from_numpy(at).to(model.device) for at in masked.of(hidden[part]))
             logits = model.logits_at(ids, attention, rows_at, columns)
