@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -12,7 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from flows.cli_console import AsJson, Overrides, TaskFile, err, out, percent, print_json, say, warn
-from pipeline.errors import InputError, writing
+from pipeline.errors import InputError, OutOfMemory, writing
+
+if TYPE_CHECKING:
+    from pipeline.worker import StageProcess
 
 
 def adapt(
@@ -63,7 +67,8 @@ def adapt(
         with StageProcess() as process:
             for call in calls if built else ():
                 bar = progress.add_task(call.title, total=None)
-                process.run(
+                _run(
+                    process,
                     {**call.request(store), "on_device": call.on_device},
                     lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
                 )
@@ -84,6 +89,21 @@ def adapt(
     say(f"{artifact.meta['texts']:,} texts in {artifact.meta['pieces']:,} pieces{'' if built else ' (cached)'}")
     if target is not None:
         say(f"the model: {escape(str(target))}; name it as base_model")
+
+
+def _run(process: StageProcess, request: Mapping[str, Any], progress: Callable[[int, int], None]) -> None:
+    """Run a stage; when its model runs out of memory, again in a new process with half batches, as a run does."""
+    from pipeline.worker import SMALLEST_SHARE, StageProcess
+
+    try:
+        process.run(request, progress)
+    except OutOfMemory:
+        share = request.get("batch_share", 1.0) / 2
+        if share < SMALLEST_SHARE or not request["on_device"]:
+            raise
+        warn(f"{request['title']} ran out of memory; trying again with {share:.3g} of the usual batches", err)
+        with StageProcess() as another:
+            _run(another, {**request, "batch_share": share}, progress)
 
 
 def _with_inputs(call: Any) -> list[Any]:

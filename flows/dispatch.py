@@ -23,6 +23,7 @@ from pipeline.errors import OutOfMemory, RunStopped, StageLost, StorageTrouble
 from pipeline.plan import Call, Plan
 from pipeline.settings import EngineName
 from pipeline.store import Store, key_of
+from pipeline.worker import SMALLEST_SHARE
 
 RETRIES = 4
 # A task run costs the server more than a small stage costs this machine: small stages of one kind share one, until
@@ -32,7 +33,6 @@ _GROUP_SECONDS, _MOST_GROUPS, _FEWEST_GROUPS, _FEWEST_FAR = 120.0, 100, 8, 2
 # What there is one of for each file; far away, what there is one of for each annotator and is soon done, too.
 _GROUPED = frozenset({"ingest", "label"})
 _GROUPED_FAR = _GROUPED | {"annotate"}
-_SMALLEST_SHARE = 1 / 16
 
 
 class Dispatcher:
@@ -77,7 +77,7 @@ class Dispatcher:
             # Only then: half batches may change the last bits, and a process that was killed goes on as it was.
             with self._lock:
                 for key in keys:
-                    self._shares[key] = max(self._shares.get(key, 1.0) / 2, _SMALLEST_SHARE)
+                    self._shares[key] = max(self._shares.get(key, 1.0) / 2, SMALLEST_SHARE)
             raise
         built = {request["key"] for request, result in zip(missing, results, strict=True) if result["built"]}
         with self._lock:  # what an earlier try built before its process was lost is this run's work, too

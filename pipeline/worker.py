@@ -50,6 +50,8 @@ CORES = len(os.sched_getaffinity(0))
 # two cores busy (measured on two cores, steps a second: one fit on two threads 4.6, two fits on one thread each
 # 6.3). The number of threads is fixed for each stage, since it may change the last bits of a result.
 LANES = min(CORES, 2)
+# The least part of the usual batches that is tried after running out of memory.
+SMALLEST_SHARE = 1 / 16
 # What native libraries read from the environment when a process starts or torch is imported; the user's own win.
 NATIVE_SETTINGS = {
     # Threads that spin while they wait starve whatever else runs on the machine, another worker above all:

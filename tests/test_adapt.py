@@ -6,11 +6,15 @@ import itertools
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +31,7 @@ from pipeline.masking import inside_words, mask
 from pipeline.stages import checkpoints_of, run_stage
 from pipeline.template import Encoder
 from pipeline.training import Diverged
+from pipeline.worker import SMALLEST_SHARE, StageProcess
 from tests.conftest import BAD, GOOD, POSITIONS, sentence
 from tests.stage_run import Run
 from tests.test_cloze import FAMILIES
@@ -277,6 +282,42 @@ def test_the_command_adapts_alone_and_copies_the_model(
     assert "(cached)" in shown.stdout
     taken = runner.invoke(app, ["adapt", path, *settings, "--out", str(tmp_path / "model")])
     assert isinstance(taken.exception, InputError)
+
+
+@pytest.mark.server
+def test_the_command_goes_on_in_smaller_pieces_when_memory_runs_out(
+    tiny_task: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the embedded model, whose steps of 4,096 tokens take hundreds of megabytes."""
+    monkeypatch.chdir(tmp_path)
+    adapt = {"steps": 1, "batch_tokens": 4096, "learning_rate": 1e-4}
+    path = tiny_task(unlabelled=100, changes={"adapt": adapt, "base_model": "embedded"})
+    file = path.parent / "unlabelled.parquet"
+    rows = pq.read_table(file).to_pylist()
+    long = [{**row, "text": f"{row['text']} and the soup was {i} degrees" * 6} for i, row in enumerate(rows)]
+    pq.write_table(pa.Table.from_pylist(long), file)
+    run = Run(path)
+    calls = run.plan().calls
+    [call] = run.plan().find("adapt")
+    for before in calls[: calls.index(call)]:
+        run_stage(before.request(run.store))
+    taken = [0]
+    with StageProcess() as free, ThreadPoolExecutor(1) as beside:
+        status = Path(f"/proc/{free.pid}/status")
+        ends = beside.submit(
+            free.run, {**call.request(run.store), "batch_share": SMALLEST_SHARE}, lambda done, total: None
+        )
+        while not ends.done():
+            taken += [int(line.split()[1]) // 1024 for line in status.open() if line.startswith("VmData")]
+            time.sleep(0.01)
+        ends.result()
+    monkeypatch.setenv("CLOZELINE_STAGE_MEMORY", str(max(taken) + 60))
+    monkeypatch.setenv("CLOZELINE_STORE", str(tmp_path / "bounded"))
+    done = CliRunner().invoke(app, ["adapt", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "ran out of memory; trying again with 0.5 of the usual batches" in done.stderr
+    [record] = (tmp_path / "bounded" / "adapt").glob("*/run.json")
+    assert SMALLEST_SHARE <= json.loads(record.read_text())["batch_share"] < 1
 
 
 @pytest.mark.parametrize("damage", ["layout", "torn"])
