@@ -2,6 +2,7 @@
 
     python benchmarks/presets.py --data DIR --part fit --draws 3
     python benchmarks/presets.py --data DIR --part learned --labels 10
+    python benchmarks/presets.py --data DIR --part ensemble --labels 10 --draws 3
     python benchmarks/presets.py --data DIR --part prior --labels 10 --draws 4
     python benchmarks/presets.py --data DIR --part student --draws 2
     python benchmarks/presets.py --data DIR --part base --labels 10 --draws 4 --base embedded --base MODEL
@@ -9,12 +10,13 @@
 DIR is that of `benchmarks/quality.py`. For each dataset and draw, ``--labels`` rows (40; two more a label where there
 are more labels) are cut from train; other train rows are the transfer set and the rows that are judged. `fit` trains
 one pattern with each setting and prints its accuracy; `learned` does so for shares of the way that training goes, and
-the preset's rule. `prior` moves a trained annotator's label shares a part of the way to the labelled rows', where those
-have the shares of all rows, where they were labelled as they came, and where one label has four fifths of the rows to
-judge (and of those that the shares are taken from) but not of the labelled ones; `prior-fine-tune` does the same to a
-fine-tuned classifier. `student` trains two patterns with the preset and distills their blend with each setting. `base`
-asks which base model is the better start: untrained, trained with the preset, and for logistic regression on its
-vectors, a pattern a draw, and how far each is ahead of the first on the same draws.
+the preset's rule; `ensemble` does so for all patterns, blended evenly. `prior` moves a trained annotator's label shares
+a part of the way to the labelled rows', where those have the shares of all rows, where they were labelled as they came,
+and where one label has four fifths of the rows to judge (and of those that the shares are taken from) but not of the
+labelled ones; `prior-fine-tune` does the same to a fine-tuned classifier. `student` trains two patterns with the preset
+and distills their blend with each setting. `base` asks which base model is the better start: untrained, trained with
+the preset, and for logistic regression on its vectors, a pattern a draw, and how far each is ahead of the first on the
+same draws.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ FIT: list[dict[str, Any]] = [
     {"mlm_alpha": 1e-2},
 ]
 LEARNED: list[dict[str, Any]] = [{}, *({"learned": share, "match_prior": 0.0} for share in (0.0, 0.25, 0.5, 0.75, 1.0))]
+ENSEMBLE: list[dict[str, Any]] = [{}, *({"learned": share} for share in (0.0, 0.125, 0.25, 0.5))]
 SKEWED, TIMES = 0.8, 40
 STUDENT: list[dict[str, Any]] = [
     {},
@@ -113,6 +116,17 @@ def settings(cut: Draw, of: Sequence[Mapping[str, Any]]) -> Judged:
         fitted = cut.pet(changes)
         seconds = time.perf_counter() - start
         yield changes, cut.accuracy(fitted.log_probabilities(cut.rows.texts)), seconds
+
+
+def ensembles(cut: Draw) -> Judged:
+    """All patterns, each trained a share of the way, blended evenly."""
+    patterns = len(cut.task.annotators)
+    for changes in ENSEMBLE:
+        start = time.perf_counter()
+        fits = [cut.pet(changes, i) for i in range(patterns)]
+        seconds = time.perf_counter() - start
+        scores = [fit.log_probabilities(cut.rows.texts) for fit in fits]
+        yield changes, cut.accuracy(blend(scores, np.full(patterns, 1 / patterns))), seconds
 
 
 def skew(labels: Ints, favoured: int) -> Ints:
@@ -191,6 +205,7 @@ def main() -> None:
     parts: dict[str, Callable[[Draw], Judged]] = {
         "fit": lambda cut: settings(cut, FIT),
         "learned": lambda cut: settings(cut, LEARNED),
+        "ensemble": ensembles,
         "prior": lambda cut: priors(cut, "pet"),
         "prior-fine-tune": lambda cut: priors(cut, "fine-tune"),
         "student": students,
