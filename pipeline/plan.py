@@ -197,6 +197,7 @@ class _Planner:
         self.forgotten = {"forgotten": sorted(forgotten)} if forgotten else {}
         self.where = {"base": task.source_of(base.path), "base_name": base.name}
         self.calls: dict[str, Call] = {}
+        self.labelled_rows = 0
         self.adapted: dict[str, Call] = {}  # what a model starts from, where that is not the base model itself
 
     def add(self, call: Call) -> Call:
@@ -229,6 +230,8 @@ class _Planner:
                 # A test set is taken as it is; of equal labelled rows one is enough, and two labels are a mistake.
                 distinct = name == "labelled"
                 file = task.path(given)
+                if distinct:
+                    self.labelled_rows = open_parquet(file).metadata.num_rows
                 sets[name] = self.ingest(file, file.name, labelled=True, distinct=distinct)
         numbered = {f"shard:{i:06d}": shard for i, shard in enumerate(shards)}
         prepare = self.add(
@@ -412,7 +415,10 @@ class _Planner:
         if shared["mlm_alpha"] == 0:
             shared["mlm_batch_size"] = 0
         length = min(tokens + 10, self.training["max_length"])
-        batch = shared["batch_size"] + (shared["mlm_batch_size"] if shared["mlm_alpha"] else 0)
+        batch = shared["batch_size"]
+        if shared["dropout"] == 0.0 and labelled and not generation:
+            batch = min(batch, self.labelled_rows)  # a step reads a row once (`pipeline.training.taken_once`)
+        batch += shared["mlm_batch_size"] if shared["mlm_alpha"] else 0
         steps = shared["steps"] * (1 + shared["folds"])
         fits = {}
         for name, annotator, seed in self.task.members():
