@@ -53,7 +53,7 @@ FIT: list[dict[str, Any]] = [
     {"mlm_alpha": 1e-2},
 ]
 LEARNED: list[dict[str, Any]] = [{}, *({"learned": share, "match_prior": 0.0} for share in (0.0, 0.25, 0.5, 0.75, 1.0))]
-ENSEMBLE: list[dict[str, Any]] = [{}, *({"learned": share} for share in (0.0, 0.125, 0.25, 0.5))]
+ENSEMBLE: list[dict[str, Any]] = [{"learned": share} for share in (0.0, 0.125, 0.25, 0.5)]
 SKEWED, TIMES = 0.8, 40
 STUDENT: list[dict[str, Any]] = [
     {},

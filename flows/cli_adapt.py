@@ -92,7 +92,10 @@ def adapt(
 
 
 def _run(process: StageProcess, request: Mapping[str, Any], progress: Callable[[int, int], None]) -> None:
-    """Run a stage; when its model runs out of memory, again in a new process with half batches, as a run does."""
+    """Run a stage; when its model runs out of memory, again in a new process with half batches, as a run does.
+
+    ``process`` has died then, which is as well for `adapt`: the one stage here with a model is the last.
+    """
     from pipeline.worker import SMALLEST_SHARE, StageProcess
 
     try:

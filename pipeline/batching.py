@@ -18,8 +18,9 @@ _CUDA_TOKEN_BUDGET = 65536
 # take no more memory than at this length, where those of the embedded model are as large as its widest activations.
 # Measured with it: no slower.
 _SQUARE_FROM = 128
-# What one more forward and backward pass costs beside its tokens, in tokens: kernels started, weights cast.
-_PASS_TOKENS = 150
+# What one more forward and backward pass costs beside its tokens, in tokens: kernels started, weights cast. On CUDA a
+# guess (ten milliseconds to start the kernels of a pass, 1.5 million tokens a second).
+_PASS_TOKENS, _CUDA_PASS_TOKENS = 150, 16384
 _batch_share = 1.0
 
 
@@ -91,8 +92,7 @@ def split_by_length(lengths: Sequence[int] | Numbers, device: torch.device) -> l
     """Split the rows of one training step into micro-batches: two if that saves padding, more to spare memory.
 
     One long text among sixteen pads all of them to its length. The step's gradient is the same either way; the
-    cost is in padded tokens, plus what a second pass costs. On CUDA that is starting a pass's kernels, which takes
-    longer than the few rows of a step themselves: nothing is split to save padding there.
+    cost is in padded tokens, plus what a second pass costs: so much on CUDA that a step of few rows stays whole.
 
     Args:
         lengths: tokens of each row of the step.
@@ -101,19 +101,19 @@ def split_by_length(lengths: Sequence[int] | Numbers, device: torch.device) -> l
     Returns:
         Arrays of positions in ``lengths``; one or two of them, each cut further under a `batch_share` below 1.
     """
-    parts = [np.arange(len(lengths))] if device.type == "cuda" else _two_by_length(lengths)
+    parts = _two_by_length(lengths, _CUDA_PASS_TOKENS if device.type == "cuda" else _PASS_TOKENS)
     if _batch_share == 1.0:
         return parts
     most = max(int(len(lengths) * _batch_share), 1)
     return [part[at : at + most] for part in parts for at in range(0, len(part), most)]
 
 
-def _two_by_length(lengths: Sequence[int] | Numbers) -> list[npt.NDArray[np.int64]]:
+def _two_by_length(lengths: Sequence[int] | Numbers, pass_tokens: int) -> list[npt.NDArray[np.int64]]:
     order = np.argsort(np.asarray(lengths, dtype=np.int64), kind="stable")
     ordered = np.asarray(lengths, dtype=np.int64)[order]
     rows = len(ordered)
     cuts = np.arange(1, rows)
-    costs = cuts * ordered[:-1] + (rows - cuts) * ordered[-1] + _PASS_TOKENS
+    costs = cuts * ordered[:-1] + (rows - cuts) * ordered[-1] + pass_tokens
     if rows < 2 or costs.min() >= rows * ordered[-1]:
         return [order]
     best = int(cuts[costs.argmin()])

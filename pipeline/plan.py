@@ -415,11 +415,14 @@ class _Planner:
         if shared["mlm_alpha"] == 0:
             shared["mlm_batch_size"] = 0
         length = min(tokens + 10, self.training["max_length"])
-        batch = shared["batch_size"]
-        if shared["dropout"] == 0.0 and labelled and not generation:
-            batch = min(batch, self.labelled_rows)  # a step reads a row once (`pipeline.training.taken_once`)
-        batch += shared["mlm_batch_size"] if shared["mlm_alpha"] else 0
-        steps = shared["steps"] * (1 + shared["folds"])
+        batch, folds = shared["batch_size"], shared["folds"]
+        parts = [1.0, *([1 - 1 / folds] * folds if folds else [])]  # of the labelled rows, one training each
+        if shared["dropout"] == 0.0 and not generation:  # a step reads a row once (`pipeline.training.taken_once`)
+            reads = sum(min(batch, part * self.labelled_rows) for part in parts)
+        else:
+            reads = len(parts) * batch
+        if shared["mlm_alpha"]:
+            reads += len(parts) * shared["mlm_batch_size"]
         fits = {}
         for name, annotator, seed in self.task.members():
             spec = {
@@ -439,7 +442,7 @@ class _Planner:
                     {"sample": sample, **labelled, **self.adapted, **({"drawn": drawn[name]} if drawn else {})},
                     self.where,
                     _titled(name, generation),
-                    6 * self.base.encoder_parameters * steps * batch * length * 1.4,
+                    6 * self.base.encoder_parameters * shared["steps"] * reads * length * 1.4,
                     generation=generation,
                 )
             )
