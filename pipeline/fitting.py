@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,21 +67,19 @@ def fit_annotator(
             return None
         return part_of(progress, number * steps, steps, rounds * steps)
 
-    held_out, accuracy = None, None
+    held_out, accuracy, one = None, None, None
     if folds is not None:
         held_out = np.zeros((len(labelled), len(spec["labels"])), dtype=np.float32)
         for number in range(rounds - 1):
             held = np.flatnonzero(folds == number)
             rest = labelled.take(np.flatnonzero(folds != number))
-            one = train(spec, rest, transfer, base, profile, seed_of(seed, "fold", number), part(number))
+            one = train(spec, rest, transfer, base, profile, seed_of(seed, "fold", number), part(number), one)
             held_out[held] = one.log_probabilities(labelled.take(held).texts)
-            del one
-            gc.collect()  # models hold reference cycles: without this each fold's stays until a full round
         strange = int((~np.isfinite(held_out)).any(axis=1).sum())
         if strange:
             raise Diverged(f"its held-out scores of {strange} of {len(labelled)} labelled rows are no numbers")
         accuracy = round(float((held_out.argmax(axis=1) == labelled.labels).mean()), 6)
-    annotator = train(spec, labelled, transfer, base, profile, seed, part(rounds - 1))
+    annotator = train(spec, labelled, transfer, base, profile, seed, part(rounds - 1), one)
     if progress:
         progress(rounds * steps, rounds * steps)
     return Fitted(annotator, held_out, accuracy, rounds - 1)

@@ -91,6 +91,35 @@ def test_an_annotator_stands_on_the_line_from_the_base_model_to_the_trained_one(
         assert torch.allclose(auto[name], start[name] + 24 / 40 * (end[name] - start[name]), atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, {"learned": 1.0, "freeze_embeddings": False, "dropout": 0.1}])
+def test_an_annotator_trained_anew_is_what_a_new_one_is(
+    labelled: Labelled, base: BaseModel, profile: dict[str, str], changes: dict[str, Any]
+) -> None:
+    def trained(rows: Labelled, seed: int, before: pet.PetAnnotator | None = None) -> pet.PetAnnotator:
+        return pet.train({**SPEC, "steps": 4, **changes}, rows, labelled.texts, base, profile, seed, before=before)
+
+    first = trained(labelled.take(np.arange(5)), 1)
+    scores = first.log_probabilities(labelled.texts)
+    anew, fresh = trained(labelled, 0, first), trained(labelled, 0)
+    assert anew is first
+    assert not np.array_equal(anew.log_probabilities(labelled.texts), scores)
+    assert torch.equal(anew.scorer.bias, fresh.scorer.bias)
+    own = dict(fresh.model.model.named_parameters())
+    assert all(torch.equal(parameter, own[name]) for name, parameter in anew.model.model.named_parameters())
+
+
+def test_all_trainings_of_a_fit_share_one_model(
+    labelled: Labelled, base: BaseModel, profile: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[pet.PetAnnotator] = []
+
+    def calibrate(self: pet.PetAnnotator, texts: Texts) -> None:
+        made.append(self)
+
+    monkeypatch.setattr(pet.PetAnnotator, "calibrate", calibrate)
+    assert made == [fitted(labelled, base, profile, steps=2, folds=3).annotator]
+
+
 def test_a_row_that_a_step_has_several_times_is_read_once_and_weighs_as_much(
     labelled: Labelled, base: BaseModel, profile: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,7 @@
 
 A method is a module with two functions::
 
-    train(spec, labelled, transfer, base, profile, seed, progress) -> Annotator
+    train(spec, labelled, transfer, base, profile, seed, progress, before) -> Annotator
     load(path, base, profile) -> Annotator
 
 and an `Annotator` gives log-probabilities ``[rows, labels]`` and saves itself into a directory. `spec` is a
@@ -84,8 +84,14 @@ class Method(Protocol):
         profile: Mapping[str, str],
         seed: int,
         progress: Progress | None = None,
+        before: Annotator | None = None,
     ) -> Annotator:
-        """Train on labelled rows; `transfer` is unlabelled text for whoever can use it."""
+        """Train on labelled rows.
+
+        `transfer` is unlabelled text for whoever can use it. `before` is an annotator that was trained with the same
+        spec, transfer, base and profile and is of no use any more: whoever can begin anew with it need not load a model
+        again. The result is the same.
+        """
         ...
 
     def load(self, path: Path, base: BaseModel, profile: Mapping[str, str]) -> Annotator:

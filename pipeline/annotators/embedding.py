@@ -12,7 +12,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel
 
-from pipeline.annotators import Labelled, Texts
+from pipeline.annotators import Annotator, Labelled, Texts
 from pipeline.base_model import BaseModel
 from pipeline.batching import by_length, pad
 from pipeline.cloze import load_tokenizer
@@ -86,8 +86,9 @@ def train(
     profile: Mapping[str, str],
     seed: int,
     progress: Progress | None = None,
+    before: Annotator | None = None,
 ) -> EmbeddingClassifier:
-    """Fit; `spec` holds labels, template, max_length and truncation, and `transfer` is not used."""
+    """Fit; `spec` holds labels, template, max_length and truncation, and neither `transfer` nor `before` is used."""
     classifier = EmbeddingClassifier(spec, base, profile)
     classifier.fit(labelled)
     return classifier

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.annotators import Labelled, Texts
+from pipeline.annotators import Annotator, Labelled, Texts
 from pipeline.base_model import BaseModel
 from pipeline.progress import Progress
 from pipeline.student import Student, distill
@@ -20,8 +20,9 @@ def train(
     profile: Mapping[str, str],
     seed: int,
     progress: Progress | None = None,
+    before: Annotator | None = None,
 ) -> Student:
-    """Fine-tune; `spec` is that of `pipeline.student.distill`, and `transfer` is not used."""
+    """Fine-tune; `spec` is that of `pipeline.student.distill`, and neither `transfer` nor `before` is used."""
     return distill({**spec, "temperature": 1.0}, None, {}, labelled, base, profile, seed, progress)
 
 

@@ -45,6 +45,29 @@ class PetAnnotator:
         self.verbalizer = Verbalizer.resolve(dict(spec["words"]), self.tokenizer)
         self.model = ClozeModel(base.path, profile)
         self.scorer = WordScorer(self.model, self.verbalizer)
+        self._untrained: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The weights that training changes, once `prepare_for_few_steps` has been told."""
+        return [parameter for parameter in self.model.model.parameters() if parameter.requires_grad]
+
+    def remember(self) -> list[torch.Tensor]:
+        """Keep the words' prior and the weights as they are before a training; returns the weights."""
+        if self._untrained is None:
+            self._untrained = self.scorer.bias.clone(), [parameter.detach().clone() for parameter in self.trained]
+        return self._untrained[1]
+
+    def forget(self) -> bool:
+        """Be again what was remembered, if anything was."""
+        if self._untrained is None:
+            return False
+        bias, weights = self._untrained
+        self.scorer.bias = bias.clone()
+        with torch.no_grad():
+            for parameter, before in zip(self.trained, weights, strict=True):
+                parameter.copy_(before)
+        return True
 
     def encode(self, texts: Texts) -> dict[int, Encoded]:
         """Rows with as many masks as the words have tokens, one encoding a token count."""
@@ -117,8 +140,12 @@ def train(
     profile: Mapping[str, str],
     seed: int,
     progress: Progress | None = None,
+    before: Annotator | None = None,
 ) -> PetAnnotator:
     """Calibrate and fine-tune; with no labelled rows or no steps, calibrate alone (zero-shot).
+
+    What ``before`` trained is forgotten, and it is trained anew: the same bytes without loading and calibrating a
+    model again, which takes as long as five steps of sixteen rows.
 
     Args:
         spec: pattern, words ([[label, [word, ...]], ...]), steps, batch_size, learning_rate, mlm_alpha,
@@ -127,10 +154,13 @@ def train(
     Raises:
         Diverged: what the model says of this pattern is no number, from the start or in training.
     """
-    annotator = PetAnnotator(spec, base, profile)
-    annotator.calibrate(transfer)
-    if not annotator.scorer.bias.isfinite().all():
-        raise Diverged("the base model's own scores of this pattern are no numbers")
+    if isinstance(before, PetAnnotator) and before.forget():
+        annotator = before
+    else:
+        annotator = PetAnnotator(spec, base, profile)
+        annotator.calibrate(transfer)
+        if not annotator.scorer.bias.isfinite().all():
+            raise Diverged("the base model's own scores of this pattern are no numbers")
     if len(labelled) == 0 or spec["steps"] == 0:
         return annotator
     prepare_for_few_steps(annotator.model.model, dropout=spec["dropout"], freeze_embeddings=spec["freeze_embeddings"])
@@ -142,9 +172,8 @@ def train(
     masking = _Masking(annotator, transfer, spec["mlm_batch_size"], seed) if alpha > 0 else None
 
     lengths = next(iter(encoded.values())).tokens.lengths
-    trained = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
     share = learned_share(spec["learned"], len(labelled))
-    start = [parameter.detach().clone() for parameter in trained] if share < 1 else []
+    start = annotator.remember() if share < 1 or spec["folds"] else []
 
     def losses_of_step(step: int) -> Iterator[torch.Tensor]:
         batch = next(rows_of_step)
@@ -172,9 +201,10 @@ def train(
         seed=seed,
         progress=progress,
     )
-    with torch.no_grad():
-        for parameter, before in zip(trained, start, strict=False):  # none to go back to where all is kept
-            parameter.copy_(torch.lerp(before, parameter, share))
+    if share < 1:
+        with torch.no_grad():
+            for parameter, weight in zip(annotator.trained, start, strict=True):
+                parameter.copy_(torch.lerp(weight, parameter, share))
     if strength := prior_strength(spec["match_prior"], len(labelled)):
         annotator.match_prior(transfer, smoothed_shares(labelled.counts(len(spec["words"]))), strength)
     return annotator

@@ -15,7 +15,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.naive_bayes import ComplementNB
 from sklearn.pipeline import make_pipeline
 
-from pipeline.annotators import Labelled, Texts
+from pipeline.annotators import Annotator, Labelled, Texts
 from pipeline.base_model import BaseModel
 from pipeline.progress import Progress
 from pipeline.tables import Floats
@@ -51,6 +51,7 @@ def train(
     profile: Mapping[str, str],
     seed: int,
     progress: Progress | None = None,
+    before: Annotator | None = None,
 ) -> TfidfNaiveBayes:
     """Fit; `spec` holds labels and template, the rest is not used."""
     return TfidfNaiveBayes(spec, labelled)
