@@ -576,7 +576,7 @@ def estimate(data: Dataset, labels: int, rates: Rates) -> float:
     trained += (2 if data.original else 1) * FINE_TUNE["steps"] * FINE_TUNE["batch_size"] if labels else 0
     scored = members * (transfer + test * (2 if labels else 1)) + test * (3 if labels else 1)
     scored += members * (generations * transfer + test) + test if generations else 0
-    loads = members * (fits + 1 + generations) + (3 if labels else 1)
+    loads = members * (min(fits, 1) + 1 + generations) + (3 if labels else 1)
     return tokens_of_row(data) * (trained * rates.trained + scored * rates.scored) + loads * rates.load
 
 

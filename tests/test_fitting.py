@@ -108,6 +108,17 @@ def test_an_annotator_trained_anew_is_what_a_new_one_is(
     assert all(torch.equal(parameter, own[name]) for name, parameter in anew.model.model.named_parameters())
 
 
+def test_a_fit_of_one_model_gives_what_a_model_for_each_training_gives(
+    labelled: Labelled, base: BaseModel, profile: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"steps": 3, "mlm_alpha": 0.1, "mlm_batch_size": 4}
+    one = fitted(labelled, base, profile, **changes)
+    monkeypatch.setattr(pet.PetAnnotator, "restore", lambda self: False)
+    many = fitted(labelled, base, profile, **changes)
+    assert np.array_equal(one.held_out, many.held_out)
+    assert np.array_equal(*(fit.annotator.log_probabilities(labelled.texts) for fit in (one, many)))
+
+
 def test_all_trainings_of_a_fit_share_one_model(
     labelled: Labelled, base: BaseModel, profile: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

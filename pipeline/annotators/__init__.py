@@ -89,8 +89,8 @@ class Method(Protocol):
         """Train on labelled rows.
 
         `transfer` is unlabelled text for whoever can use it. `before` is an annotator that was trained with the same
-        spec, transfer, base and profile and is of no use any more: whoever can begin anew with it need not load a model
-        again. The result is the same.
+        spec, transfer, base and profile and is used up by this: whoever can begin anew with it need not load a model
+        again, and may return it. The result is the same.
         """
         ...
 

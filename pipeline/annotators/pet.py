@@ -48,24 +48,25 @@ class PetAnnotator:
         self._untrained: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
     @property
-    def trained(self) -> list[torch.nn.Parameter]:
+    def trained_weights(self) -> list[torch.nn.Parameter]:
         """The weights that training changes, once `prepare_for_few_steps` has been told."""
         return [parameter for parameter in self.model.model.parameters() if parameter.requires_grad]
 
     def remember(self) -> list[torch.Tensor]:
-        """Keep the words' prior and the weights as they are before a training; returns the weights."""
+        """Keep the words' prior, and in main memory the weights, as they are before a training; returns the weights."""
         if self._untrained is None:
-            self._untrained = self.scorer.bias.clone(), [parameter.detach().clone() for parameter in self.trained]
+            weights = [parameter.detach().to("cpu", copy=True) for parameter in self.trained_weights]
+            self._untrained = self.scorer.bias.clone(), weights
         return self._untrained[1]
 
-    def forget(self) -> bool:
+    def restore(self) -> bool:
         """Be again what was remembered, if anything was."""
         if self._untrained is None:
             return False
         bias, weights = self._untrained
         self.scorer.bias = bias.clone()
         with torch.no_grad():
-            for parameter, before in zip(self.trained, weights, strict=True):
+            for parameter, before in zip(self.trained_weights, weights, strict=True):
                 parameter.copy_(before)
         return True
 
@@ -144,17 +145,18 @@ def train(
 ) -> PetAnnotator:
     """Calibrate and fine-tune; with no labelled rows or no steps, calibrate alone (zero-shot).
 
-    What ``before`` trained is forgotten, and it is trained anew: the same bytes without loading and calibrating a
-    model again, which takes as long as five steps of sixteen rows.
+    ``before``, changed in place, is what is returned if it can be: trained anew, the same bytes without loading and
+    calibrating a model again, which takes as long as five steps of sixteen rows.
 
     Args:
         spec: pattern, words ([[label, [word, ...]], ...]), steps, batch_size, learning_rate, mlm_alpha,
-            mlm_batch_size, max_length, truncation, learned, match_prior.
+            mlm_batch_size, max_length, truncation, learned, match_prior, folds (with any, the weights to begin anew with
+            are kept).
 
     Raises:
         Diverged: what the model says of this pattern is no number, from the start or in training.
     """
-    if isinstance(before, PetAnnotator) and before.forget():
+    if isinstance(before, PetAnnotator) and before.spec == dict(spec) and before.restore():
         annotator = before
     else:
         annotator = PetAnnotator(spec, base, profile)
@@ -203,8 +205,8 @@ def train(
     )
     if share < 1:
         with torch.no_grad():
-            for parameter, weight in zip(annotator.trained, start, strict=True):
-                parameter.copy_(torch.lerp(weight, parameter, share))
+            for parameter, weight in zip(annotator.trained_weights, start, strict=True):
+                parameter.copy_(torch.lerp(weight.to(parameter.device), parameter, share))
     if strength := prior_strength(spec["match_prior"], len(labelled)):
         annotator.match_prior(transfer, smoothed_shares(labelled.counts(len(spec["words"]))), strength)
     return annotator
