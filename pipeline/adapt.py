@@ -45,7 +45,7 @@ from pipeline.training import CLIP, Diverged, optimizer_for, prepare_for_few_ste
 Point = dict[str, float]
 
 EVALUATIONS = 20  # and checkpoints
-_PATIENCE = 4  # evaluations in a row without a new best: a small pool has been read too often
+_PATIENCE = 4  # evaluations in a row without a new best, once all texts were read: a small pool is read too often
 _WARMUP = 0.06  # of the steps (RoBERTa)
 _HEAD_FASTER = 3.0
 _HELD_OUT_SHARE, _HELD_OUT_PIECES = 0.05, 512
@@ -142,7 +142,7 @@ class Adapting:
         # The next batch is made while this one is computed with.
         with ThreadPoolExecutor(1) as beside:
             following = beside.submit(self._hidden, *next(batches))
-            while self.step < self.spec["steps"] and not self.curve.is_over:
+            while self.step < self.spec["steps"] and not self._is_over():
                 share = self._share_done(time.monotonic() - began)
                 if share >= 1:
                     break
@@ -161,6 +161,13 @@ class Adapting:
         with torch.no_grad():
             for name, parameter in self.model.model.named_parameters():
                 parameter.copy_(self.best[name])
+
+    def _is_over(self) -> bool:
+        """Whether the held-out texts stopped getting better, and not for the rate's height: that mends as it falls.
+
+        Texts that are read for the first time can't be learned by heart.
+        """
+        return self.tokens > len(self.train.tokens.values) and self.curve.is_over
 
     def _share_done(self, seconds: float) -> float:
         """How much of the training is done: of the steps, or of the time if that is further."""

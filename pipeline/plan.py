@@ -28,7 +28,7 @@ STAGE_VERSIONS = {
     "ingest": 1,
     "prepare": 2,
     "sample": 2,
-    "adapt": 2,
+    "adapt": 3,
     "fit": 7,
     "annotate": 4,
     "select": 1,

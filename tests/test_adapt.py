@@ -148,6 +148,17 @@ def test_training_ends_when_the_held_out_texts_get_no_better() -> None:
     assert curve.is_over
 
 
+@pytest.mark.parametrize(("rows", "ends"), [(300, False), (40, True)])
+def test_training_ends_early_only_on_texts_that_were_read_before(
+    base: BaseModel, profile: dict[str, str], texts: list[str], tmp_path: Path, rows: int, ends: bool
+) -> None:
+    """At a rate at which nothing is learned, which shows at the first evaluations."""
+    found = adapted(base, profile, texts[:rows], tmp_path, learning_rate=1.0, batch_tokens=64)
+    assert found.curve.best == 0
+    assert (found.step < SPEC["steps"]) == ends
+    assert (found.tokens > len(found.train.tokens.values)) == ends
+
+
 def test_minutes_end_training_early_and_the_learning_rate_with_it(
     base: BaseModel, profile: dict[str, str], texts: list[str], tmp_path: Path
 ) -> None:
