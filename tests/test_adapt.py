@@ -35,6 +35,7 @@ from pipeline.worker import SMALLEST_SHARE, StageProcess
 from tests.conftest import BAD, GOOD, POSITIONS, sentence
 from tests.stage_run import Run
 from tests.test_cloze import FAMILIES
+from tests.test_worker import data_megabytes
 
 SPEC = {
     "steps": 40,
@@ -313,17 +314,16 @@ def test_the_command_goes_on_in_smaller_pieces_when_memory_runs_out(
     [call] = run.plan().find("adapt")
     for before in calls[: calls.index(call)]:
         run_stage(before.request(run.store))
-    taken = [0]
+    taken = 0
     with StageProcess() as free, ThreadPoolExecutor(1) as beside:
-        status = Path(f"/proc/{free.pid}/status")
         ends = beside.submit(
             free.run, {**call.request(run.store), "batch_share": SMALLEST_SHARE}, lambda done, total: None
         )
         while not ends.done():
-            taken += [int(line.split()[1]) // 1024 for line in status.open() if line.startswith("VmData")]
+            taken = max(taken, data_megabytes(free.pid))
             time.sleep(0.01)
         ends.result()
-    monkeypatch.setenv("CLOZELINE_STAGE_MEMORY", str(max(taken) + 150))
+    monkeypatch.setenv("CLOZELINE_STAGE_MEMORY", str(taken + 150))
     monkeypatch.setenv("CLOZELINE_STORE", str(tmp_path / "bounded"))
     done = CliRunner().invoke(app, ["adapt", str(path)])
     assert done.exit_code == 0, done.output

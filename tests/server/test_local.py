@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from tests.machine import Machine, bytes_of
-from tests.test_worker import lengthen
+from tests.test_worker import data_megabytes, lengthen
 
 pytestmark = pytest.mark.server
 MakeTask = Callable[..., Path]
@@ -116,11 +116,7 @@ def test_stage_out_of_memory_is_tried_again_in_half_batches(machine: Machine, ti
     while free.poll() is None:
         assert time.monotonic() < until
         for worker in workers(psutil.Process(free.pid)):
-            try:
-                status = Path(f"/proc/{worker.pid}/status").read_text()
-            except OSError:
-                continue
-            taken = max([taken, *(int(x.split()[1]) // 1024 for x in status.splitlines() if x.startswith("VmData"))])
+            taken = max(taken, data_megabytes(worker.pid))
         time.sleep(0.05)
     free.communicate()
     machine.environment["CLOZELINE_STAGE_MEMORY"] = str(taken + 40)
