@@ -6,6 +6,7 @@
     python benchmarks/presets.py --data DIR --part prior --labels 10 --draws 4
     python benchmarks/presets.py --data DIR --part student --draws 2
     python benchmarks/presets.py --data DIR --part base --labels 10 --draws 4 --base embedded --base MODEL
+    python benchmarks/presets.py --data DIR --part fine-tune --labels 50 --draws 3 --base embedded --base MODEL
 
 DIR is that of `benchmarks/quality.py`. For each dataset and draw, ``--labels`` rows (40; two more a label where there
 are more labels) are cut from train; other train rows are the transfer set and the rows that are judged. `fit` trains
@@ -16,7 +17,8 @@ and where one label has four fifths of the rows to judge (and of those that the 
 labelled ones; `prior-fine-tune` does the same to a fine-tuned classifier. `student` trains two patterns with the preset
 and distills their blend with each setting. `base` asks which base model is the better start: untrained, trained with
 the preset, and for logistic regression on its vectors, a pattern a draw, and how far each is ahead of the first on the
-same draws.
+same draws. `fine-tune` trains the rival of `benchmarks/quality.py`, each base model with a classification head, with
+each setting: a rival with bad settings would be no rival.
 """
 
 from __future__ import annotations
@@ -62,6 +64,13 @@ STUDENT: list[dict[str, Any]] = [
     {"steps": 400},
     {"learning_rate": 5e-5},
     {"learning_rate": 2e-4},
+]
+FINE_TUNES: list[dict[str, Any]] = [
+    {},
+    {"steps": 50},
+    {"steps": 300},
+    {"dropout": None, "freeze_embeddings": False},
+    {"dropout": None, "freeze_embeddings": False, "steps": 300, "learning_rate": 5e-5},
 ]
 TRANSFER, JUDGED = 1000, 500
 
@@ -185,6 +194,19 @@ def base_models(cut: Draw, places: Sequence[str]) -> Judged:
             yield {place: use}, cut.accuracy(scores), time.perf_counter() - start
 
 
+def fine_tunes(cut: Draw, places: Sequence[str]) -> Judged:
+    """Base models with a classification head, fine-tuned with each setting."""
+    for place in places:
+        base = resolve_base_model(place, headless=True)
+        for changes in FINE_TUNES:
+            start = time.perf_counter()
+            spec = {**student_spec(cut.task), **FINE_TUNE, **changes}
+            fitted = cut.train("fine-tune", spec, base, cut.labelled)
+            seconds = time.perf_counter() - start
+            named = ", ".join(f"{key} {value}" for key, value in changes.items()) or "as in quality.py"
+            yield {place: named}, cut.accuracy(fitted.log_probabilities(cut.rows.texts)), seconds
+
+
 def students(cut: Draw) -> Judged:
     """Two patterns trained with the preset, and their blend distilled with each setting."""
     fits = [cut.pet({}, i) for i in (0, 1)]
@@ -210,6 +232,7 @@ def main() -> None:
         "prior-fine-tune": lambda cut: priors(cut, "fine-tune"),
         "student": students,
         "base": lambda cut: base_models(cut, arguments.base),
+        "fine-tune": lambda cut: fine_tunes(cut, arguments.base),
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -217,10 +240,10 @@ def main() -> None:
     parser.add_argument("--datasets", default="ag_news,sst2,trec6,yelp")
     parser.add_argument("--labels", type=int, default=40, help="labelled rows")
     parser.add_argument("--draws", type=int, default=2)
-    parser.add_argument("--base", action="append", default=[], metavar="MODEL", help="for the part base")
+    parser.add_argument("--base", action="append", default=[], metavar="MODEL", help="for the parts base and fine-tune")
     arguments = parser.parse_args()
-    if arguments.part == "base" and not arguments.base:
-        parser.error("--part base needs --base MODEL")
+    if arguments.part in ("base", "fine-tune") and not arguments.base:
+        parser.error(f"--part {arguments.part} needs --base MODEL")
     names = arguments.datasets.split(",")
     table: dict[str, dict[str, list[float]]] = {}
     seconds: dict[str, list[float]] = {}

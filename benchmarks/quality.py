@@ -225,23 +225,24 @@ class Dataset:
         inputs = task.inputs
         roles = ColumnRoles(tuple(inputs.text), label=inputs.label)
         paths = {name: folder / f"{name}.parquet" for name in ("train", "test", "unlabeled")}
-        pools = {name: Pool.read(paths[name], roles, task.label_names) for name in ("train", "test")}
-        if dev:  # behind the test rows, which nobody may look at
-            cut = pools["train"].without(pools["test"]).shuffled("dev")
-            pools["test"] = cut.head(min(cap, len(cut) // 2))
-        unlabelled = None
+        train, test = (Pool.read(paths[name], roles, task.label_names) for name in ("train", "test"))
+        train, unlabelled = train.without(test), None
         if paths["unlabeled"].is_file():
-            found = Pool.read(paths["unlabeled"], ColumnRoles(tuple(inputs.text)), None)
-            unlabelled = found.without(pools["test"]).shuffled("transfer")
+            unlabelled = Pool.read(paths["unlabeled"], ColumnRoles(tuple(inputs.text)), None).without(test)
+        if dev:  # the test rows are behind us, and nobody may look at them
+            cut = train.shuffled("dev")
+            test = cut.head(min(cap, len(cut) // 2))
+            train = train.without(test)
+            unlabelled = unlabelled and unlabelled.without(test)
         return cls(
             folder.name,
             task,
             task.base(),
             numeric_profile(task.resolved("training")["dtype"]),
             cap,
-            pools["train"].without(pools["test"]),
-            unlabelled,
-            pools["test"].shuffled("test").head(cap),
+            train,
+            unlabelled and unlabelled.shuffled("transfer"),
+            test.shuffled("test").head(cap),
             {name: sha256_of(path) for name, path in paths.items() if path.is_file()},
             dev,
             None if original is None else resolve_base_model(str(original), headless=True),
@@ -292,7 +293,7 @@ class Dataset:
             {
                 **ipet,
                 **adapt,
-                **({"dev": True} if self.dev else {}),
+                **({"dev": "without the test rows"} if self.dev else {}),
                 **({"original": self.original.weights} if self.original else {}),
                 "files": dict(self.files),
                 "task": task.model_dump(mode="json", include={"labels", "annotators", "ensemble", "sample"}),

@@ -27,7 +27,7 @@ from pipeline import locations, transfer
 from pipeline.errors import InputError, writing
 from pipeline.exports import WITHOUT
 from pipeline.housekeeping import discard_texts, holding
-from pipeline.inventory import Stored
+from pipeline.inventory import Stored, dead_work
 from pipeline.locations import below, read_file, read_json, remove_file, write_file
 from pipeline.publishing import release_lease, remove_unfinished
 from pipeline.report import CARD, card_without
@@ -341,6 +341,9 @@ def _discard_copies(cache: Path, contents: Collection[str]) -> None:
     # Which column of a user's file holds the text is not known here, and a copy may be fetched again at any time.
     shutil.rmtree(cache / "files", ignore_errors=True)
     shutil.rmtree(cache / CHECKPOINTS, ignore_errors=True)  # of models that read the text
+    for root in sorted((cache / "stores").glob("*")):
+        for path in dead_work(root):
+            shutil.rmtree(path, ignore_errors=True)
     for file in sorted((cache / "stores").glob("*/*/*/*/**/*.parquet")):
         store, stage, key, prefix = file.relative_to(cache / "stores").parts[:4]
         if stage != TEMPORARY and file.exists() and _may_hold(file, contents):

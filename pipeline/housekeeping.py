@@ -161,7 +161,7 @@ def discard_texts(store: Store, contents: Iterable[str]) -> list[Stored]:
             if not inventory.discard(stored):  # somebody is at it
                 store.discard(*stored.reference)
         check()
-        inventory.sweep([litter.name for litter in inventory.litter()])
+        inventory.sweep([litter.name for litter in inventory.litter(young=True)])
     return found
 
 

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline import locations
@@ -185,8 +186,12 @@ class Inventory:
         """Whether somebody builds an artifact."""
         raise NotImplementedError
 
-    def litter(self) -> list[Litter]:
-        """What killed processes left."""
+    def litter(self, *, young: bool = False) -> list[Litter]:
+        """What killed processes left.
+
+        Args:
+            young: whether an upload that was begun within a day, and that nobody is seen to be at, is litter too.
+        """
         raise NotImplementedError
 
     def discard(self, stored: Stored) -> bool:
@@ -205,6 +210,24 @@ def _standing(release: str) -> tuple[str | None, frozenset[str]]:
         return latest, frozenset((held_records(release).keys() & whole_versions(release).keys()) - {latest})
     except (OSError, ClozelineError):
         return None, frozenset()
+
+
+def dead_work(root: Path) -> list[Path]:
+    """What killed builders and collections left under ``tmp/``.
+
+    Args:
+        root: of a store in a directory, or of the cache of one behind a URL (`Store.root`).
+    """
+    found = []
+    for path in sorted((root / TEMPORARY).glob("*")):
+        stage, _, rest = path.name.partition("-")
+        if stage == "gc":
+            found.append(path)
+        elif _KEY.match(rest):
+            with lock_if_free(root / LOCKS / f"{stage}-{rest[:32]}") as free:
+                if free:
+                    found.append(path)
+    return found
 
 
 class _Directory(Inventory):
@@ -227,19 +250,17 @@ class _Directory(Inventory):
         with lock_if_free(self.store.root / LOCKS / f"{stage}-{key}") as free:
             return not free
 
-    def litter(self) -> list[Litter]:
+    def litter(self, *, young: bool = False) -> list[Litter]:
         found = [
             Litter(f"{stage}/{key}", sum(entry.bytes for entry in files.values()), "an artifact without a manifest")
             for (stage, key), files in self.inside.items()
             if MANIFEST not in files and not self.is_busy(stage, key)
         ]
         root = self.store.root
-        for path in sorted((root / TEMPORARY).glob("*")):
-            stage, _, rest = path.name.partition("-")
-            if stage == "gc" or (_KEY.match(rest) and not self.is_busy(stage, rest[:32])):
-                name = f"{TEMPORARY}/{path.name}"
-                size = sum(entry.bytes for file, entry in self.files.items() if file.startswith(name + "/"))
-                found.append(Litter(name, size, "the work of a builder that is dead"))
+        for path in dead_work(root):
+            name = f"{TEMPORARY}/{path.name}"
+            size = sum(entry.bytes for file, entry in self.files.items() if file.startswith(name + "/"))
+            found.append(Litter(name, size, "the work of a builder that is dead"))
         for name, entry in self.files.items():
             # Not registered yet: its work was killed at its very start, or is just about to be named.
             if (
@@ -321,7 +342,7 @@ class _Objects(Inventory):
         link = self.read(links[-1])
         return link is not None and not link["released"]
 
-    def litter(self) -> list[Litter]:
+    def litter(self, *, young: bool = False) -> list[Litter]:
         found = []
         for (stage, key), files in self.inside.items():
             prefixes: dict[str, list[Entry]] = {}
@@ -333,7 +354,8 @@ class _Objects(Inventory):
             manifest = self.read(f"{stage}/{key}/{MANIFEST}") if MANIFEST in files else None
             for prefix, entries in prefixes.items():
                 named = manifest is not None and manifest.get("prefix") == prefix
-                if not named and time.time() - max(entry.modified for entry in entries) > _UPLOAD_SECONDS:
+                old = time.time() - max(entry.modified for entry in entries) > _UPLOAD_SECONDS
+                if not named and (old or (young and not self.is_busy(stage, key))):
                     size = sum(entry.bytes for entry in entries)
                     found.append(Litter(f"{stage}/{key}/{prefix}", size, "an upload that was never published"))
         for name, links in self.leases.items():

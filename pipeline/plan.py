@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.base_model import BaseModel
+from pipeline.base_model import EMBEDDED, BaseModel
 from pipeline.device import numeric_profile
 from pipeline.ipet import selection_seed, teachers
 from pipeline.publishing import release_path
@@ -195,7 +195,10 @@ class _Planner:
         self.labels = task.label_names
         # Where nothing was forgotten the keys are as if nothing could be.
         self.forgotten = {"forgotten": sorted(forgotten)} if forgotten else {}
-        self.where = {"base": task.source_of(base.path), "base_name": base.name}
+        # A directory goes by its path, whatever it is called: MODEL@1 may be one, or a revision on the hub.
+        is_directory = base.name != EMBEDDED and (task.root / base.name).is_dir()
+        name = str(base.path) if is_directory else base.name
+        self.where = {"base": task.source_of(base.path), "base_name": name}
         self.calls: dict[str, Call] = {}
         self.labelled_rows = 0
         self.adapted: dict[str, Call] = {}  # what a model starts from, where that is not the base model itself
@@ -409,7 +412,7 @@ class _Planner:
             shared["match_prior"] = 0.0
         if generation:
             shared["folds"] = 0
-        elif not labelled:  # nothing is trained, so that no setting of training changes a byte
+        elif not labelled:  # nothing is trained, so that hardly a setting of training changes a byte
             shared |= {"steps": 0, "folds": 0, "batch_size": 1, "learning_rate": 0.0, "mlm_alpha": 0.0, "dropout": None}
             shared["learned"] = 1.0
         if shared["mlm_alpha"] == 0:

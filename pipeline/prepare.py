@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline import tables
 from pipeline.errors import InputError
+from pipeline.progress import Progress, told
 from pipeline.ragged import Numbers, offsets_of
 from pipeline.repeats import find_repeats, gather, hashes_of_hex, hashes_of_texts, hex_of
 from pipeline.tables import Rows
@@ -34,6 +35,7 @@ def prepare_rows(
     names: Sequence[str],
     given_ids: bool,
     forgotten: Sequence[str] = (),
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Write ``renames.parquet`` (shard, row, row_id) and ``excluded.parquet`` (shard, row).
 
@@ -44,6 +46,7 @@ def prepare_rows(
         names: the files' names, for messages.
         given_ids: whether ids come from the user's column; then a repeated one is an error.
         forgotten: the content hashes of texts that are left out as labelled ones are.
+        progress: called with rows read, twice each, and how often rows are read in all.
 
     Returns:
         Counts.
@@ -55,19 +58,20 @@ def prepare_rows(
     """
     offsets = offsets_of([rows.count for rows in shards])
     if given_ids:
-        _refuse_repeated_ids(shards, names, out)
+        _refuse_repeated_ids(shards, names, out, progress)
         tables.write_table(out / "renames.parquet", _RENAMES.empty_table())
         renamed = 0
     else:
-        renamed = _write_renames(shards, offsets, out)
+        renamed = _write_renames(shards, offsets, out, progress)
     known = {name: np.unique(hashes_of_hex(rows.read(["content_hash"]).column(0))) for name, rows in sets.items()}
     if forgotten:
         known["forgotten"] = hashes_of_hex(pa.array(forgotten, pa.string()))
     counts = {f"{name}_in_pool": 0 for name in known}
+    pool = int(offsets[-1])
     with tables.parquet_writer(out / "excluded.parquet", _EXCLUDED) as writer:
         for number, rows in enumerate(shards):
             start = 0
-            for hashes in rows.content_hashes():
+            for hashes in told(rows.content_hashes(), progress, 2 * pool, pool + int(offsets[number])):
                 left_out = np.zeros(len(hashes), dtype=np.bool_)
                 for name, contents in known.items():
                     mine = np.isin(hashes, contents)
@@ -81,12 +85,13 @@ def prepare_rows(
     overlap = 0
     if len(sets) == 2:
         overlap = int(np.isin(hashes_of_hex(sets["test"].read(["content_hash"]).column(0)), known["labelled"]).sum())
-    return {"rows": int(offsets[-1]), "renamed": renamed, "labelled_in_test": overlap, **counts}
+    return {"rows": pool, "renamed": renamed, "labelled_in_test": overlap, **counts}
 
 
-def _write_renames(shards: Sequence[Rows], offsets: Numbers, out: Path) -> int:
+def _write_renames(shards: Sequence[Rows], offsets: Numbers, out: Path, progress: Progress) -> int:
     """New ids for rows whose text an earlier file holds too: the occurrence counter goes on across files."""
-    contents = gather((hashes for rows in shards for hashes in rows.content_hashes()), out)
+    every = (hashes for rows in shards for hashes in rows.content_hashes())
+    contents = gather(told(every, progress, 2 * int(offsets[-1])), out)
     overall = find_repeats(contents, out)
     renamed = 0
     with tables.parquet_writer(out / "renames.parquet", _RENAMES) as writer:
@@ -106,9 +111,10 @@ def _write_renames(shards: Sequence[Rows], offsets: Numbers, out: Path) -> int:
     return renamed
 
 
-def _refuse_repeated_ids(shards: Sequence[Rows], names: Sequence[str], out: Path) -> None:
+def _refuse_repeated_ids(shards: Sequence[Rows], names: Sequence[str], out: Path, progress: Progress) -> None:
     ids = (batch.column(0).to_pylist() for rows in shards for batch in rows.batches(["row_id"]))
-    found = find_repeats(gather(map(hashes_of_texts, ids), out), out)
+    every = told(ids, progress, 2 * sum(rows.count for rows in shards))
+    found = find_repeats(gather(map(hashes_of_texts, every), out), out)
     if not found.groups:
         return
     seen: dict[str, int] = {}

@@ -91,7 +91,7 @@ def write_release(
     writer = _Writer(spec, inputs, out / VERSION)
     (out / VERSION / "data").mkdir(parents=True)
     (out / "model").rename(out / VERSION / "model")
-    splits = {"review": writer.review(), "rest": writer.rest(progress), "train": writer.train()}
+    splits = {"review": writer.review(progress), "rest": writer.rest(progress), "train": writer.train()}
     counts = {name: rows for name, rows in splits.items() if rows}
     metrics = json.loads((inputs["evaluate"].path / "metrics.json").read_text(encoding="utf-8"))
     diverged = writer.diverged(metrics)
@@ -167,12 +167,12 @@ class _Writer:
         self.shards = [inputs[name] for name in sorted(inputs) if name.startswith("shard:")]
         self.scored = [inputs[name] for name in sorted(inputs) if name.startswith("label:")]
         self.rows = [Rows(artifact.path) for artifact in self.shards]
+        self.total = sum(rows.count for rows in self.rows)
         carried = [self.rows[0].schema.field(CARRY + name) for name in spec["carry"]]
         self.carried = pa.schema([field.with_name(field.name.removeprefix(CARRY)) for field in carried])
         self.schema = release_features(self.labels, spec["text"], self.carried).arrow_schema
         self.label_counts = np.zeros(len(self.labels), dtype=np.int64)
         prepared = inputs["prepare"].path
-        self.renames = [Renames(prepared, number) for number in range(len(self.shards))]
         self.queue = self._queue()
         shards, rows = (self.queue.column(name).to_numpy() for name in ("shard", "row"))
         self.left_out = [
@@ -261,10 +261,10 @@ class _Writer:
 
     def _labelled_batches(self, number: int) -> Iterator[tuple[int, pa.RecordBatch, Floats]]:
         """The batches of a shard, each with the number of its first row and its scores."""
-        start = 0
+        start, renames = 0, Renames(self.inputs["prepare"].path, number)
         scores = pq.ParquetFile(self.scored[number].path / "scores.parquet").iter_batches(tables.BATCH_ROWS)
         for batch, scored in zip(self.rows[number].batches(), scores, strict=True):
-            ids = self.renames[number].apply(batch.column("row_id"), start)
+            ids = renames.apply(batch.column("row_id"), start)
             batch = batch.set_column(batch.schema.get_field_index("row_id"), "row_id", ids)
             yield start, batch, from_lists(scored.column(0))
             start += batch.num_rows
@@ -273,7 +273,7 @@ class _Writer:
         """Where a file of a split lies."""
         return self.data / f"{split}-{number:05d}-of-{files:05d}.parquet"
 
-    def review(self) -> int:
+    def review(self, progress: Progress) -> int:
         """The queue, most urgent first."""
         if self.queue.num_rows == 0:
             return 0
@@ -282,8 +282,11 @@ class _Writer:
         places = list(zip(*(self.queue.column(name).to_pylist() for name in ("shard", "row")), strict=True))
         for shard, row in places:
             wanted[shard].add(row)
+        done = 0
         for number, mine in enumerate(wanted):
             for start, batch, scores in self._labelled_batches(number) if mine else ():
+                done += batch.num_rows
+                progress(done, 2 * self.total)
                 for row in sorted(mine & set(range(start, start + batch.num_rows))):
                     at = row - start
                     # Taken, not sliced: a slice would keep its whole batch, and the queue has rows of nearly all.
@@ -303,18 +306,17 @@ class _Writer:
 
     def rest(self, progress: Progress) -> int:
         """Every other row, in the order of the files, `ROWS_PER_FILE` a file."""
-        total = sum(rows.count for rows in self.rows)
-        expected = total - sum(len(left_out) for left_out in self.left_out)
+        expected = self.total - sum(len(left_out) for left_out in self.left_out)
         files = max(-(-expected // ROWS_PER_FILE), 1)
         if expected == 0:
             return 0
         number, inside, done = 0, 0, 0
-        writer = pq.ParquetWriter(self.file("rest", 0, files), self.schema, compression="zstd", write_page_index=True)
+        writer = tables.parquet_writer(self.file("rest", 0, files), self.schema)
         try:
             for shard in range(len(self.shards)):
                 for start, batch, scores in self._labelled_batches(shard):
                     done += batch.num_rows
-                    progress(done, total)
+                    progress(self.total + done, 2 * self.total)
                     first, last = np.searchsorted(self.left_out[shard], [start, start + batch.num_rows])
                     at = np.delete(np.arange(batch.num_rows), self.left_out[shard][first:last] - start)
                     while len(at):
@@ -326,12 +328,7 @@ class _Writer:
                         if inside == ROWS_PER_FILE and number + 1 < files:
                             writer.close()
                             number, inside = number + 1, 0
-                            writer = pq.ParquetWriter(
-                                self.file("rest", number, files),
-                                self.schema,
-                                compression="zstd",
-                                write_page_index=True,
-                            )
+                            writer = tables.parquet_writer(self.file("rest", number, files), self.schema)
         finally:
             writer.close()
         return expected

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 Hashes = npt.NDArray[np.uint64]
+Numbers = npt.NDArray[np.int64]
 _CHUNK = 1_000_000  # rows looked at together: some tens of megabytes
 
 
@@ -85,24 +87,48 @@ def find_repeats(hashes: Hashes, folder: Path) -> Repeats:
     occurrence, group = (on_disk((len(hashes),), np.int32, folder) for _ in range(2))
     ranges, groups, repeated = max(-(-len(hashes) // _CHUNK), 1), 0, 0
     for number in range(ranges):
-        at = np.concatenate([np.zeros(0, dtype=np.int64), *_in_range(hashes, number, ranges)])
-        mine = hashes[at]
-        order = np.argsort(mine, kind="stable")
-        at, mine = at[order], mine[order]
-        begins = np.flatnonzero(np.diff(mine, prepend=~mine[:1]))
-        sizes = np.diff(begins, append=len(mine))
-        occurrence[at] = np.arange(len(mine)) - np.repeat(begins, sizes) + 1
-        several = sizes > 1
+        # Distinct hashes spread evenly, so that a range is one piece unless some hash comes again and again.
+        start = list(islice(_pieces(hashes, number, ranges), 2))
+        whole = start if len(start) == 1 else None
+        distinct, counts = _counted(hashes, whole or _pieces(hashes, number, ranges))
+        several = counts > 1
         numbers = np.where(several, groups + np.cumsum(several) - 1, -1)
-        group[at] = np.repeat(numbers, sizes)
+        before = np.zeros(len(distinct), dtype=np.int64)
+        for at in whole or _pieces(hashes, number, ranges):
+            mine = hashes[at]
+            order = np.argsort(mine, kind="stable")
+            at, mine = at[order], mine[order]
+            begins = np.flatnonzero(np.diff(mine, prepend=~mine[:1]))
+            sizes = np.diff(begins, append=len(mine))
+            which = np.searchsorted(distinct, mine[begins])
+            occurrence[at] = np.arange(len(mine)) - np.repeat(begins - before[which], sizes) + 1
+            group[at] = np.repeat(numbers[which], sizes)
+            before[which] += sizes
         groups += int(several.sum())
-        repeated += len(mine) - len(sizes)
+        repeated += int(counts.sum()) - len(counts)
     return Repeats(occurrence, group, groups, repeated)
 
 
-def _in_range(hashes: Hashes, number: int, ranges: int) -> Iterator[npt.NDArray[np.int64]]:
-    """The rows whose hash lies in one of some equal ranges, chunk by chunk."""
+def _counted(hashes: Hashes, pieces: Iterable[Numbers]) -> tuple[Hashes, Numbers]:
+    """The distinct hashes of some rows, ascending, and how often each comes."""
+    distinct, counts = np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
+    for at in pieces:
+        new, often = np.unique(hashes[at], return_counts=True)
+        distinct, place = np.unique(np.concatenate([distinct, new]), return_inverse=True)
+        counts = np.bincount(place, np.concatenate([counts, often])).astype(np.int64)
+    return distinct, counts
+
+
+def _pieces(hashes: Hashes, number: int, ranges: int) -> Iterator[Numbers]:
+    """The rows whose hash lies in one of some equal ranges, no more than some two chunks of them at once."""
+    held, rows = list[Numbers](), 0
     for start in range(0, len(hashes), _CHUNK):
         # The upper half of a hash as a fraction of 2**32 says which range it is in.
         upper = hashes[start : start + _CHUNK] >> np.uint64(32)
-        yield np.flatnonzero((upper * np.uint64(ranges)) >> np.uint64(32) == number) + start
+        held.append(np.flatnonzero((upper * np.uint64(ranges)) >> np.uint64(32) == number) + start)
+        rows += len(held[-1])
+        if rows > 1.2 * _CHUNK:
+            yield np.concatenate(held)
+            held, rows = [], 0
+    if held:
+        yield np.concatenate(held)

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from pipeline.ipet import Selection, select_rows
 from pipeline.locations import is_url
 from pipeline.metrics import METHODS, classification_metrics
 from pipeline.prepare import excluded_rows, prepare_rows
-from pipeline.progress import Progress, part_of
+from pipeline.progress import Progress, part_of, told
 from pipeline.ragged import Numbers, offsets_of
 from pipeline.repeats import Hashes, find_repeats, gather, hashes_of_hex, on_disk
 from pipeline.routing import CANDIDATES_PER_ROW, lowest
@@ -124,7 +124,12 @@ def ingest(job: Job) -> dict[str, Any]:
     if "label" in spec:
         roles = _without_absent(roles, file)
     found = tables.ingest(
-        file, roles, job.out, label_names=spec.get("labels"), quarantine=spec["on_bad_rows"] == "quarantine"
+        file,
+        roles,
+        job.out,
+        label_names=spec.get("labels"),
+        quarantine=spec["on_bad_rows"] == "quarantine",
+        progress=job.progress,
     )
     if _state_of(file) != before:  # what was read is not what the key stands for
         raise _changed(file)
@@ -162,7 +167,7 @@ def _drop_repeated(out: Path, where: str) -> dict[str, Any]:
             keep.append(i)
         elif labels[first[content]] != labels[i]:
             raise InputError(
-                f"rows {first[content]} and {i} hold the same text with different labels",
+                f"rows {first[content]} and {i} (those without text not counted) hold one text with different labels",
                 where=where,
                 fix="decide for one label and drop the other row",
             )
@@ -185,6 +190,7 @@ def prepare(job: Job) -> dict[str, Any]:
         names=job.where["names"],
         given_ids=job.spec["ids"],
         forgotten=job.spec.get("forgotten", ()),
+        progress=job.progress,
     )
 
 
@@ -204,31 +210,32 @@ def sample(job: Job) -> dict[str, Any]:
             _refuse_forgotten(hashes, forgotten, name)
             taken.append(hashes)
     shards = [Rows(artifact.path) for artifact in job.all("shard")]
+    pool = sum(rows.count for rows in shards)
     # A content hash is uniform already, so its lowest values are a random draw that depends on nothing else.
     chosen = np.zeros(0, dtype=np.uint64)
-    for rows in shards:
-        for batch_hashes in rows.content_hashes():
-            hashes = np.unique(batch_hashes)
-            if len(chosen) == job.spec["rows"]:
-                hashes = hashes[hashes < chosen[-1]]
-            fresh = hashes[~np.isin(hashes, np.concatenate([chosen, *taken]))]
-            if len(fresh):
-                chosen = np.sort(np.concatenate([chosen, fresh]))[: job.spec["rows"]]
+    every = itertools.chain.from_iterable(rows.content_hashes() for rows in shards)
+    for batch_hashes in told(every, job.progress, 2 * pool):
+        hashes = np.unique(batch_hashes)
+        if len(chosen) == job.spec["rows"]:
+            hashes = hashes[hashes < chosen[-1]]
+        fresh = hashes[~np.isin(hashes, np.concatenate([chosen, *taken]))]
+        if len(fresh):
+            chosen = np.sort(np.concatenate([chosen, fresh]))[: job.spec["rows"]]
     if not len(chosen):
         raise InputError("there is no unlabelled row left once labelled and test rows are set aside", where="inputs")
     names = ["content_hash", *shards[0].text_columns]
     picked, found = list[pa.RecordBatch](), np.zeros(len(chosen), dtype=np.bool_)
-    for rows in shards:
-        for batch in rows.batches(names):
-            hashes, first = np.unique(hashes_of_hex(batch.column("content_hash")), return_index=True)
-            place = np.minimum(np.searchsorted(chosen, hashes), len(chosen) - 1)
-            new = (chosen[place] == hashes) & ~found[place]
-            if new.any():
-                found[place[new]] = True
-                picked.append(batch.take(pa.array(np.sort(first[new]))))
+    batches = itertools.chain.from_iterable(rows.batches(names) for rows in shards)
+    for batch in told(batches, job.progress, 2 * pool, pool):
+        hashes, first = np.unique(hashes_of_hex(batch.column("content_hash")), return_index=True)
+        place = np.minimum(np.searchsorted(chosen, hashes), len(chosen) - 1)
+        new = (chosen[place] == hashes) & ~found[place]
+        if new.any():
+            found[place[new]] = True
+            picked.append(batch.take(pa.array(np.sort(first[new]))))
     table = pa.Table.from_batches(picked).sort_by("content_hash")
     tables.write_table(job.out / "rows.parquet", table)
-    return {"rows": table.num_rows, "pool_rows": int(sum(rows.count for rows in shards))}
+    return {"rows": table.num_rows, "pool_rows": pool}
 
 
 def _refuse_forgotten(hashes: Hashes, forgotten: Hashes, name: str) -> None:
@@ -292,9 +299,10 @@ def checkpoints_of(store: Store, key: str) -> Path:
 def _sweep_checkpoints(root: Path) -> None:
     """Remove those of stages that nobody went on with for a week: another setting, or another machine, built them."""
     for place in root.glob("*"):
-        newest = max((path.stat().st_mtime for path in place.glob("*")), default=0.0)
-        if time.time() - newest > _CHECKPOINT_SECONDS:
-            shutil.rmtree(place, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another stage has just replaced its checkpoint
+            newest = max((path.stat().st_mtime for path in place.glob("*")), default=0.0)
+            if time.time() - newest > _CHECKPOINT_SECONDS:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def fit(job: Job) -> dict[str, Any]:
@@ -526,8 +534,9 @@ def route(job: Job) -> dict[str, Any]:
     """
     shards = [Rows(artifact.path) for artifact in job.all("shard")]
     contents = itertools.chain.from_iterable(rows.content_hashes() for rows in shards)
-    repeats = find_repeats(gather(contents, job.out), job.out)
     offsets = offsets_of([rows.count for rows in shards])
+    pool = int(offsets[-1])
+    repeats = find_repeats(gather(told(contents, job.progress, 2 * pool), job.out), job.out)
     parts = [
         _margins(
             scored,
@@ -536,7 +545,8 @@ def route(job: Job) -> dict[str, Any]:
         )
         for number, scored in enumerate(job.all("label"))
     ]
-    best, margins = lowest(itertools.chain(*parts), CANDIDATES_PER_ROW * job.spec["budget"])
+    every = told(itertools.chain(*parts), job.progress, 2 * pool, pool)
+    best, margins = lowest(every, CANDIDATES_PER_ROW * job.spec["budget"])
     table = _candidates(shards, best, margins)
     tables.write_table(job.out / "rows.parquet", table)
     return {"rows": table.num_rows}

@@ -35,7 +35,8 @@ from pipeline.training import epochs, prepare_for_few_steps, seed_of, taken_once
 from pipeline.training import train as run_training
 
 SETTINGS = "clozeline.json"
-# The new head starts at random and has few steps, so that it learns faster than what is pretrained.
+# The new head starts at random and has few steps, so that it learns faster than what is pretrained. BERT's pooler,
+# which lies below it and starts at random too where the base model is a masked language model, does not.
 _HEAD_FASTER = 10.0
 
 

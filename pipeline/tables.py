@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
 from pipeline.locations import filesystem, local_path, translated
+from pipeline.progress import Progress, told
 from pipeline.repeats import Hashes, find_repeats, gather, hashes_of_hex, hashes_of_texts
 
 TEXT, CARRY = "text.", "carry."
@@ -30,11 +31,9 @@ BATCH_ROWS = 10_000
 Floats = npt.NDArray[np.float32]
 
 
-@contextmanager
-def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A writer with the settings used everywhere: zstd, row groups small enough to stream."""
-    with pq.ParquetWriter(path, schema, compression="zstd", write_page_index=True) as writer:
-        yield writer
+def parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A writer, itself a context, with the settings used everywhere: zstd, pages with an index."""
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_index=True)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -222,6 +221,7 @@ def ingest(
     label_names: Sequence[str] | None = None,
     quarantine: bool = False,
     name: str | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Ingested:
     """Read a user's file batch by batch into ``out/rows.parquet`` and ``out/quarantine.parquet``.
 
@@ -232,6 +232,7 @@ def ingest(
         label_names: for a file with labels, their names in order.
         quarantine: set rows without text aside instead of failing.
         name: what errors call the file.
+        progress: called with rows read, twice each, and how often rows are read in all.
 
     Raises:
         InputError: see *Checks* in the documentation; every message names the file and the row.
@@ -242,14 +243,15 @@ def ingest(
     schema = rows_schema(roles, file.schema_arrow)
     class_names = _class_names(file.schema_arrow, roles.label)
     # Read twice: whether a row's text or id repeats is known only when all have been seen.
-    ids = _Ids(file, roles, out, where)
+    total = file.metadata.num_rows
+    ids = _Ids(file, roles, out, where, progress)
     found = Ingested(repeated=ids.repeated)
     row_number, kept_number = 0, 0
     with (
         parquet_writer(out / "rows.parquet", schema) as rows,
         parquet_writer(out / "quarantine.parquet", QUARANTINE_SCHEMA) as aside,
     ):
-        for batch in batches_of(file, roles.wanted, where):
+        for batch in told(batches_of(file, roles.wanted, where), progress, 2 * total, total):
             texts = {column: as_strings(batch.column(column)) for column in roles.text}
             blank = _blank(list(texts.values()))
             if pc.any(blank).as_py():
@@ -302,19 +304,21 @@ class _Ids:
         roles: its columns.
         folder: for what does not fit into memory.
         where: what errors call the file.
+        progress: see `ingest`.
     """
 
-    def __init__(self, file: pq.ParquetFile, roles: ColumnRoles, folder: Path, where: str) -> None:
+    def __init__(self, file: pq.ParquetFile, roles: ColumnRoles, folder: Path, where: str, progress: Progress) -> None:
         self.column = roles.id
         self.where = f"{where}, column {roles.id}"
-        found = find_repeats(gather(self._hashes(file, roles, where), folder), folder)
+        found = find_repeats(gather(self._hashes(file, roles, where, progress), folder), folder)
         self.repeated = 0 if self.column is not None else found.repeated
         self._occurrence, self._group = found.occurrence, found.group
         self._seen: dict[str, int] = {}
 
-    def _hashes(self, file: pq.ParquetFile, roles: ColumnRoles, where: str) -> Iterator[Hashes]:
+    def _hashes(self, file: pq.ParquetFile, roles: ColumnRoles, where: str, progress: Progress) -> Iterator[Hashes]:
         """A hash for each row that has text."""
-        for batch in batches_of(file, [*roles.text, *([self.column] if self.column else [])], where):
+        batches = batches_of(file, [*roles.text, *([self.column] if self.column else [])], where)
+        for batch in told(batches, progress, 2 * file.metadata.num_rows):
             texts = [as_strings(batch.column(column)) for column in roles.text]
             keep = pc.invert(_blank(texts))
             if self.column is not None:
@@ -370,7 +374,8 @@ def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
 
 def _label_texts(column: pa.Array, class_names: list[str] | None) -> list[str | None]:
     if class_names is not None:
-        return [None if i is None or i < 0 else class_names[i] for i in column.to_pylist()]
+        known = range(len(class_names))  # a number beyond them is an unknown label like any other
+        return [None if i is None or i < 0 else class_names[i] if i in known else str(i) for i in column.to_pylist()]
     texts: list[str | None] = as_strings(column).to_pylist()
     return texts
 

@@ -382,7 +382,9 @@ class Task(Section):
         return file
 
     def unlabelled_files(self) -> list[Path]:
-        """The Parquet files to label, sorted by path, each once, unreadable ones left out if told to.
+        """The Parquet files to label, each once, unreadable ones left out if told to.
+
+        Those of a glob are sorted by path; globs and names keep the order of the task file.
 
         Raises:
             InputError: a path or glob matches nothing.

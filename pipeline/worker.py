@@ -94,7 +94,7 @@ class StageProcess:
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         self._stopped = False
-        self._oom_kills = _oom_kills()
+        self._oom_kills = 0
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._life: int | None
         life_line, self._life = os.pipe()
@@ -167,10 +167,12 @@ class StageProcess:
 
     def _talk(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         assert self._process.stdin is not None
+        self._oom_kills = _oom_kills()
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        # While it waits for another run's stage, or for a device, a sign of life is enough; once it works, progress is.
+        # While it waits for another run's stage or for a device, fetches its inputs, or hashes and uploads what it
+        # made, a sign of life is enough; while it works, progress is.
         patience, working = Settings().stage_timeout, False
         deadline = time.monotonic() + patience
         while True:
@@ -191,6 +193,8 @@ class StageProcess:
             if event["event"] == "building":
                 working = True
                 progress(0, 1)
+            elif event["event"] == "built":
+                working = False
             elif event["event"] == "progress":
                 progress(event["done"], event["total"])
             elif event["event"] == "done":
@@ -299,6 +303,7 @@ def _serve() -> None:
                 try:
                     yield
                 finally:
+                    say(event="built")
                     if on_device and torch.cuda.is_available():  # the device is another process's turn next
                         gc.collect()  # models hold reference cycles
                         torch.cuda.empty_cache()

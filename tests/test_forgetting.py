@@ -370,6 +370,23 @@ def test_copies_of_files_behind_urls_are_removed_from_this_machine(
     assert world.where(world.text_of("unlabelled-0")) == set()
 
 
+def test_what_killed_builders_left_of_a_store_behind_a_url_goes_too(
+    s3_url: str, tiny_task: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLOZELINE_HOME", str(tmp_path))
+    world = World(tiny_task(), s3_url)
+    world.run()
+    text = world.text_of("unlabelled-0")
+    [ingest] = [call for call in world.last.calls if call.title == "ingest unlabelled.parquet"]
+    artifact = world.store.find("ingest", ingest.key)
+    assert artifact is not None
+    killed = world.store.root / "tmp" / f"ingest-{'0' * 32}-01234567"  # of a key that nobody will build again
+    shutil.copytree(artifact.path, killed)
+    locations.write(f"{s3_url}/store/ingest/{'0' * 32}/prefix/rows.parquet", (killed / "rows.parquet").read_bytes())
+    forget(world.release, ["unlabelled-0"], world.store)
+    assert world.where(text) == set()
+
+
 def test_a_store_elsewhere_is_left_alone(disk: World, tmp_path: Path) -> None:
     disk.run()
     other = Store(tmp_path / "other")

@@ -1,13 +1,32 @@
-"""What a run is expected to cost."""
+"""What a run is expected to cost, and where its stages find what they read."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pipeline.stages import run_stage
+from pipeline.task import Task
 from tests.stage_run import Run
+
+
+def test_a_directory_named_like_a_model_of_the_hub_is_one_for_every_stage(
+    tiny_task: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tiny_task()
+    task = Task.load(path)
+    shutil.copytree(task.base().path, path.parent / "models" / "mini@1")
+    monkeypatch.chdir(tmp_path)  # not the task's directory
+    run = Run(path)
+    for call in run.plan("base_model=models/mini@1").calls:
+        run_stage(call.request(run.store))
+        if call.stage == "fit":
+            break
+    else:
+        raise AssertionError("no stage loaded the model")
 
 
 def test_without_dropout_a_step_is_expected_to_read_a_labelled_row_once(tiny_task: Callable[..., Path]) -> None:

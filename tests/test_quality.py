@@ -91,6 +91,22 @@ def test_rows_of_a_cell_never_meet(quality: Any, benchmark: tuple[Path, Path]) -
     assert [given[text] for text in labelled.texts["text"]] == [["good", "bad"][i] for i in labelled.labels]
 
 
+def test_with_dev_the_test_rows_are_nowhere(quality: Any, benchmark: tuple[Path, Path]) -> None:
+    data, task = benchmark
+    train = pq.read_table(data / "tiny" / "train.parquet")
+    test = pq.read_table(data / "tiny" / "test.parquet")
+    pq.write_table(pa.concat_tables([train, test.slice(0, 4)]), data / "tiny" / "train.parquet")
+    pool = [*test.column("text").to_pylist(), *train.column("text").to_pylist(), "only here"]
+    pq.write_table(pa.table({"text": pool}), data / "tiny" / "unlabeled.parquet")
+    loaded = quality.Dataset.load(data / "tiny", Task.load(task), 15, dev=True)
+    labelled, transfer = loaded.cut(8, 0)
+    judged = loaded.test.texts["text"]
+    assert len(judged) == 15
+    seen = [*labelled.texts["text"], *transfer["text"], *loaded.train.texts["text"], *loaded.unlabelled.texts["text"]]
+    assert not set(seen) & {*judged, *test.column("text").to_pylist()}
+    assert set(judged) <= set(train.column("text").to_pylist())
+
+
 def test_the_transfer_set_comes_from_the_unlabelled_file(quality: Any, benchmark: tuple[Path, Path]) -> None:
     data, task = benchmark
     pq.write_table(pa.table({"text": ["only here", "and here"]}), data / "tiny" / "unlabeled.parquet")

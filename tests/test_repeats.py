@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -38,6 +39,26 @@ def test_rows_are_numbered_within_their_hash(
     assert sorted(groups.values()) == list(range(found.groups))
     assert found.repeated == len(hashes) - len(counts)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_hash_that_comes_again_and_again_takes_no_more_memory_than_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repeats, "_CHUNK", 10_000)
+    random = np.random.default_rng(0)
+
+    def peak(rows: int, distinct: int) -> int:
+        values = random.integers(0, 2**64, size=distinct, dtype=np.uint64)
+        hashes = gather([values[random.integers(0, distinct, size=rows)]], tmp_path)
+        tracemalloc.start()
+        try:
+            assert find_repeats(hashes, tmp_path).repeated == rows - len(np.unique(hashes))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(1000, 1000)  # the first call imports
+    assert peak(500_000, 1) < 2 * peak(500_000, 500_000)
 
 
 @given(st.lists(st.integers(0, 2**64 - 1)))

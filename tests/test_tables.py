@@ -319,6 +319,15 @@ def test_a_class_label_that_names_nothing_is_no_label(
     assert "row 1 has no label" in refusal(class_labels([0, nothing]), LABELLED, label_names=LABELS)
 
 
+def test_a_class_label_beyond_the_names_is_an_unknown_label(
+    class_labels: Callable[[list[int | None]], Path], refusal: Callable[..., str]
+) -> None:
+    path = class_labels([0, 1])
+    schema = pq.read_schema(path)
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 2]}).cast(schema), path)
+    assert "row 1 has the unknown label '2'" in refusal(path, LABELLED, label_names=LABELS)
+
+
 def test_an_unknown_label_is_told_with_its_row_and_the_tasks_labels(
     refusal: Callable[..., str], write_parquet: WriteParquet
 ) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from pipeline.device import hold_device
 from pipeline.errors import InputError, OutOfMemory, RunStopped, StageHung, StageLost
 from pipeline.plan import build_plan
 from pipeline.stages import run_stage
-from pipeline.store import Store
+from pipeline.store import Store, open_store
 from pipeline.task import Task
 from pipeline.worker import StageProcess
 
@@ -134,6 +135,28 @@ def test_stage_that_waits_for_a_device_is_not_taken_for_hung_while_it_lives(
         os.kill(process.pid, signal.SIGSTOP)
         assert ended.wait(10)
     assert type(errors[0]) is StageHung
+
+
+def test_stage_whose_upload_takes_long_is_not_taken_for_hung(
+    tiny_task: MakeTask, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests import s3_server
+
+    monkeypatch.setenv("CLOZELINE_STAGE_TIMEOUT", "4")
+    task = Task.load(tiny_task())
+    request = build_plan(task, task.base()).calls[0].request(open_store(s3_url))
+    quick, waited = s3_server._OneConditionalWrite.__call__, list[str]()
+
+    def slow(app: Any, environ: dict[str, Any], start_response: Any) -> Any:
+        if environ["REQUEST_METHOD"] == "PUT" and environ["PATH_INFO"].endswith("rows.parquet"):
+            waited.append(environ["PATH_INFO"])
+            time.sleep(6)
+        return quick(app, environ, start_response)
+
+    monkeypatch.setattr(s3_server._OneConditionalWrite, "__call__", slow)
+    with StageProcess() as process:
+        assert process.run(request, lambda done, total: None)["built"]
+    assert len(waited) == 1
 
 
 def test_killed_process_is_a_lost_stage_and_a_stopped_one_is_not(process: StageProcess, request_of_fit: Any) -> None:
