@@ -29,8 +29,8 @@ Rows: equal texts are taken once, and training texts that are test texts are lef
 drawn from train, stratified, at least one a class. The transfer set is the rest of train, or
 ``unlabeled.parquet`` where there is one. Transfer set and test set hold at most ``--cap`` rows (2,000), drawn
 with one fixed seed. A method that cannot run has a null accuracy: best-annotator where a class has fewer than
-two rows (there is no honest cross-validation), fine-tune-matched where nothing is moved (by default from forty
-rows on), all that need labels where there are none. With 0 labels nothing is drawn, so there is one cell, seed 0. With
+two rows (there is no honest cross-validation), or there are none; fine-tune-matched where nothing is moved (by default
+from forty rows on). With 0 labels nothing is drawn, so there is one cell, seed 0, without rivals. With
 ``--dev`` the rows to score are cut from train, by a fixed seed, and the test rows stay untouched: that is how settings
 and models are chosen.
 
@@ -40,10 +40,11 @@ or not, but never on those that are scored. The seconds of that are in no method
 `seconds` is what the method needs from the rows to the test scores: for best-annotator, ensemble, student and iPET
 that includes all fits and their cross-validation.
 
-Each finished cell is appended to ``--out``; a cell that is there, from the same data and settings, is not run again.
+Each finished half of a cell, prompting (the first four, and iPET) or its rivals, is appended to ``--out``; one that is
+there, from the same data and settings, is not run again, so that other settings of fine-tuning leave the fits alone.
 It may come from another machine, where numbers are rounded otherwise (the line tells device and numbers): what is
 compared is always of one cell. So a table can be made on several days and machines, and by several processes at once:
-``--share 1/2`` and ``--share 2/2`` run every other cell each, into the same file; the command without it prints all.
+``--share 1/2`` and ``--share 2/2`` run every other half each, into the same file; the command without it prints all.
 """
 
 from __future__ import annotations
@@ -93,16 +94,8 @@ from pipeline.training import seed_of
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 CAP = 2000
-METHODS = [
-    "zero-shot",
-    "best-annotator",
-    "ensemble",
-    "student",
-    "fine-tune",
-    "fine-tune-matched",
-    "embedding",
-    "tfidf-nb",
-]
+METHODS = ["zero-shot", "best-annotator", "ensemble", "student"]
+RIVALS = ["fine-tune", "fine-tune-matched", "embedding", "tfidf-nb"]
 IPET_METHODS = ["ipet", "ipet-student"]
 ORIGINAL_METHODS = ["original-fine-tune", "original-fine-tune-matched", "original-embedding"]
 FINE_TUNE = {"steps": 100, "batch_size": 16}
@@ -284,29 +277,41 @@ class Dataset:
     def _train_shuffled(self) -> Pool:
         return self.train.shuffled("transfer")
 
-    def key(self, labels: int, seed: int) -> str:
-        """The key of a cell: all that its numbers depend on."""
-        task = self.task
-        ipet = {"ipet": task.ipet.model_dump(), "select": STAGE_VERSIONS["select"]} if task.ipet.generations else {}
+    def key(self, labels: int, seed: int, half: str) -> str:
+        """The key of half a cell: all that its numbers depend on."""
+        task, training = self.task, self.task.resolved("training")
         adapt = {"adapt": task.adapt.model_dump(), "adapted": STAGE_VERSIONS["adapt"]} if task.adapt.steps else {}
+        shared = {
+            **adapt,
+            **({"dev": "without the test rows"} if self.dev else {}),
+            "files": dict(self.files),
+            "sample": task.sample.model_dump(),
+            "text": task.inputs.text,
+            "label": task.inputs.label,
+            "base": self.base.weights,
+            "cap": self.cap,
+            "labels": labels,
+            "seed": seed,
+        }
+        if half == "rivals":
+            return key_of(
+                {
+                    **shared,
+                    **({"original": self.original.weights} if self.original else {}),
+                    "spec": {**student_spec(task), **FINE_TUNE},
+                    "training": {name: training[name] for name in ("dtype", "match_prior")},
+                    "stages": {"distill": STAGE_VERSIONS["distill"]},
+                }
+            )
+        ipet = {"ipet": task.ipet.model_dump(), "select": STAGE_VERSIONS["select"]} if task.ipet.generations else {}
         return key_of(
             {
+                **shared,
                 **ipet,
-                **adapt,
-                **({"dev": "without the test rows"} if self.dev else {}),
-                **({"original": self.original.weights} if self.original else {}),
-                "files": dict(self.files),
-                "task": task.model_dump(mode="json", include={"labels", "annotators", "ensemble", "sample"}),
-                "text": task.inputs.text,
-                "label": task.inputs.label,
-                "training": task.resolved("training"),
+                "task": task.model_dump(mode="json", include={"labels", "annotators", "ensemble"}),
+                "training": training,
                 "student": {**task.resolved("student"), "template": task.student_template},
-                "fine_tune": FINE_TUNE,
-                "base": self.base.weights,
                 "stages": {name: STAGE_VERSIONS[name] for name in ("fit", "annotate", "blend", "distill", "label")},
-                "cap": self.cap,
-                "labels": labels,
-                "seed": seed,
             }
         )
 
@@ -324,21 +329,50 @@ class _Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
-    """Train and score all methods on one draw.
+def run_half(data: Dataset, labels: int, seed: int, half: str) -> list[Record]:
+    """Train and score one half's methods on one draw.
+
+    Args:
+        data: the dataset.
+        labels: how many labelled rows.
+        seed: which draw.
+        half: ``prompting`` (`METHODS` and, where the task has generations, `IPET_METHODS`) or ``rivals`` (`RIVALS` and,
+            where there is another encoder, `ORIGINAL_METHODS`).
 
     Returns:
-        One record a method, in the order of `METHODS` and, where the task has generations, `IPET_METHODS`.
+        One record a method, in that order.
     """
+    predicted, seconds = (rivals if half == "rivals" else prompting)(data, labels, seed)
+    records = []
+    for name, scores in predicted.items():
+        found = None
+        if scores is not None:
+            found = classification_metrics(scores.argmax(axis=1), data.test.labels, data.task.label_names)
+        records.append(
+            {
+                "dataset": data.name,
+                "labels": labels,
+                "seed": seed,
+                "method": name,
+                "accuracy": found and found["accuracy"],
+                "macro_f1": found and found["macro_f1"],
+                "seconds": found and round(seconds[name], 2),
+            }
+        )
+    return records
+
+
+Predicted = tuple[dict[str, Floats | None], dict[str, float]]
+"""Of each method the scores of the test rows, if it can run, and the seconds."""
+
+
+def prompting(data: Dataset, labels: int, seed: int) -> Predicted:
+    """What the stages of the flow do with a draw."""
     task, base, profile = data.task, data.start, data.profile
     labelled, transfer = data.cut(labels, seed)
     names, test = task.label_names, data.test
     clock = _Clock()
-    methods = [
-        *METHODS,
-        *(IPET_METHODS if task.ipet.generations else []),
-        *(ORIGINAL_METHODS if data.original else []),
-    ]
+    methods = [*METHODS, *(IPET_METHODS if task.ipet.generations else [])]
     predicted: dict[str, Floats | None] = dict.fromkeys(methods)
     untrained: list[Floats] = []
     on_test: list[Floats] = []
@@ -386,13 +420,29 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
         with clock("ipet-student"):
             student = distill(reads, soft, transfer, labelled, base, profile, seed_of("distill"))
             predicted["ipet-student"] = student.log_probabilities(test.texts)
+    spent = clock.seconds
+    spent["ensemble"] = spent["best-annotator"] = spent["fits"]
+    spent["student"] += spent["fits"] + spent["transfer"]
+    if task.ipet.generations:
+        spent["ipet"] += spent["fits"] + spent["transfer"]
+        spent["ipet-student"] += spent["ipet"]
+    return predicted, spent
+
+
+def rivals(data: Dataset, labels: int, seed: int) -> Predicted:
+    """What else one could do with the labelled rows of a draw."""
+    labelled, transfer = data.cut(labels, seed)
+    task, test, reads = data.task, data.test, student_spec(data.task)
+    counts = labelled.counts(len(task.labels))
+    strength = prior_strength(task.resolved("training")["match_prior"], len(labelled))
+    clock = _Clock()
+    predicted: dict[str, Floats | None] = dict.fromkeys([*RIVALS, *(ORIGINAL_METHODS if data.original else [])])
     if len(labelled):
-        rivals = [("fine-tune", {**reads, **FINE_TUNE}), ("embedding", reads), ("tfidf-nb", reads)]
-        strength = prior_strength(task.resolved("training")["match_prior"], len(labelled))
-        for prefix, model in [("", base), *([("original-", data.original)] if data.original else [])]:
-            for name, spec in rivals if not prefix else rivals[:2]:  # tf-idf reads no model
+        told = [("fine-tune", {**reads, **FINE_TUNE}), ("embedding", reads), ("tfidf-nb", reads)]
+        for prefix, model in [("", data.start), *([("original-", data.original)] if data.original else [])]:
+            for name, spec in told if not prefix else told[:2]:  # tf-idf reads no model
                 with clock(prefix + name):
-                    rival = method(name).train(spec, labelled, transfer, model, profile, seed_of(name))
+                    rival = method(name).train(spec, labelled, transfer, model, data.profile, seed_of(name))
                     scores = rival.log_probabilities(test.texts)
                 predicted[prefix + name] = scores
                 if name == "fine-tune" and strength:
@@ -400,29 +450,7 @@ def run_cell(data: Dataset, labels: int, seed: int) -> list[Record]:
                         shift = shares_shift(rival, transfer, smoothed_shares(counts), strength)
                         predicted[matched] = (scores + shift).astype(np.float32)
                     clock.seconds[matched] += clock.seconds[prefix + name]
-
-    spent = clock.seconds
-    spent["ensemble"] = spent["best-annotator"] = spent["fits"]
-    spent["student"] += spent["fits"] + spent["transfer"]
-    if task.ipet.generations:
-        spent["ipet"] += spent["fits"] + spent["transfer"]
-        spent["ipet-student"] += spent["ipet"]
-    records = []
-    for name in methods:
-        scores = predicted[name]
-        found = None if scores is None else classification_metrics(scores.argmax(axis=1), test.labels, names)
-        records.append(
-            {
-                "dataset": data.name,
-                "labels": labels,
-                "seed": seed,
-                "method": name,
-                "accuracy": found and found["accuracy"],
-                "macro_f1": found and found["macro_f1"],
-                "seconds": found and round(spent[name], 2),
-            }
-        )
-    return records
+    return predicted, clock.seconds
 
 
 def fit_spec(task: Task, annotator: Annotator) -> dict[str, Any]:
@@ -489,10 +517,10 @@ def later_generations(
 
 
 class Results:
-    """Finished cells in a JSON-lines file.
+    """Finished halves of cells in a JSON-lines file.
 
     Args:
-        path: the file; made when the first cell is added.
+        path: the file; made when the first is added.
     """
 
     def __init__(self, path: Path) -> None:
@@ -510,7 +538,7 @@ class Results:
                     continue  # a line that was being written when the run was killed: the cell is run again
 
     def add(self, key: str, records: list[Record], **about: Any) -> None:
-        """Append a cell."""
+        """Append half a cell."""
         self.cells[key] = records
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if self._torn else "") + json.dumps({"key": key, **about, "results": records}) + "\n")
@@ -560,30 +588,35 @@ def tokens_of_row(data: Dataset) -> float:
     return float(encoded.tokens.lengths.mean())
 
 
-def estimate(data: Dataset, labels: int, rates: Rates) -> float:
-    """The expected seconds of a cell, from its steps and rows."""
+def estimate(data: Dataset, labels: int, half: str, rates: Rates) -> float:
+    """The expected seconds of half a cell, from its steps and rows."""
     training, student = data.task.resolved("training"), data.task.resolved("student")
     members = len(list(data.task.members()))
     pool = data.train if data.unlabelled is None else data.unlabelled
     transfer, test = min(data.cap, len(pool)), len(data.test)
-    fits = 1 + training["folds"] if labels and training["steps"] else 0
-    # Without dropout a step reads a row once (`pipeline.training.taken_once`).
-    batch = min(training["batch_size"], labels) if training["dropout"] == 0.0 else training["batch_size"]
-    batch += training["mlm_batch_size"] if training["mlm_alpha"] else 0
-    generations = data.task.ipet.generations
-    trained = members * (fits + generations) * training["steps"] * batch
-    students = 2 if generations else 1
-    trained += students * student["steps"] * student["batch_size"] * (1.25 if labels else 1.0)  # see `pipeline.student`
-    trained += (2 if data.original else 1) * FINE_TUNE["steps"] * FINE_TUNE["batch_size"] if labels else 0
-    scored = members * (transfer + test * (2 if labels else 1)) + test * (3 if labels else 1)
-    scored += members * (generations * transfer + test) + test if generations else 0
-    loads = members * (min(fits, 1) + 1 + generations) + (3 if labels else 1)
+    if half == "rivals":
+        encoders = 2 if data.original else 1
+        trained = encoders * FINE_TUNE["steps"] * FINE_TUNE["batch_size"]
+        scored, loads = 2 * encoders * test, 2 * encoders
+    else:
+        fits = 1 + training["folds"] if labels and training["steps"] else 0
+        # Without dropout a step reads a row once (`pipeline.training.taken_once`).
+        batch = min(training["batch_size"], labels) if training["dropout"] == 0.0 else training["batch_size"]
+        batch += training["mlm_batch_size"] if training["mlm_alpha"] else 0
+        generations = data.task.ipet.generations
+        trained = members * (fits + generations) * training["steps"] * batch
+        students = 2 if generations else 1
+        read = student["batch_size"] * (1.25 if labels else 1.0)  # see `pipeline.student`
+        trained += int(students * student["steps"] * read)
+        scored = members * (transfer + test * (2 if labels else 1)) + test
+        scored += members * (generations * transfer + test) + test if generations else 0
+        loads = members * (min(fits, 1) + 1 + generations) + 1
     return tokens_of_row(data) * (trained * rates.trained + scored * rates.scored) + loads * rates.load
 
 
 def table(records: Sequence[Record], cap: int) -> str:
     """The records as Markdown: means over the seeds with standard deviations, in per cent."""
-    known = [*METHODS, *IPET_METHODS, *ORIGINAL_METHODS]
+    known = [*METHODS, *RIVALS, *IPET_METHODS, *ORIGINAL_METHODS]
     methods = [name for name in known if any(record["method"] == name for record in records)]
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in records:
@@ -622,10 +655,13 @@ def paired(records: Sequence[Record]) -> str:
             cell = values.setdefault((record["dataset"], record["labels"]), {})
             cell[record["method"], record["seed"]] = 100 * record["accuracy"]
     for (dataset, labels), found in values.items():
-        for rival in [name for name in (*METHODS, *ORIGINAL_METHODS) if "fine-tune" in name]:
+        for rival in [name for name in (*RIVALS, *ORIGINAL_METHODS) if "fine-tune" in name]:
             cells = []
             for name in ("ensemble", "student"):
-                apart = [found[name, seed] - value for (other, seed), value in found.items() if other == rival]
+                mine = {seed: value for (other, seed), value in found.items() if other == name}
+                apart = [
+                    mine[seed] - value for (other, seed), value in found.items() if other == rival and seed in mine
+                ]
                 cells.append(interval(apart) if len(apart) > 1 else "-")
             if any((rival, seed) in found for _, seed in found):
                 lines.append(f"| {dataset} | {labels} | {rival} | {' | '.join(cells)} |")
@@ -690,7 +726,7 @@ def run(
         overrides: dotted.key=value, for the task.
         dev: score rows cut from train.
         original: another encoder, to fine-tune and to embed with.
-        share: (k, n) takes the k-th of every n cells alone.
+        share: (k, n) takes every n-th half alone, from the k-th on.
 
     Returns:
         The records of these cells: dataset, labels, seed, method, accuracy, macro_f1, seconds.
@@ -701,7 +737,7 @@ def run(
     if task is not None and len(datasets) != 1:
         raise InputError("one task file goes with one dataset", where="--task")
     results = Results(out or Path(f"quality-{'+'.join(datasets)}-cap{cap}.jsonl"))
-    wanted: list[tuple[Dataset, int, int, str]] = []
+    wanted: list[tuple[str, Dataset, int, int, str]] = []
     for name in datasets:
         settings = [f"ipet.generations={ipet}", *overrides]
         loaded = Dataset.load(
@@ -711,26 +747,29 @@ def run(
             if number:
                 draw(loaded.train.labels, number, 0)  # tells now what can't be drawn, not hours later
             # Without labels nothing is drawn, so that all seeds would give the same.
-            wanted += [(loaded, number, seed, loaded.key(number, seed)) for seed in range(seeds if number else 1)]
+            halves = ["prompting", "rivals"] if number else ["prompting"]
+            for seed in range(seeds if number else 1):
+                wanted += [(loaded.key(number, seed, half), loaded, number, seed, half) for half in halves]
     wanted = wanted[share[0] - 1 :: share[1]]
     _say(f"transfer and test sets hold at most {cap:,} rows each, drawn with a fixed seed (--cap)")
-    missing = [cell for cell in wanted if cell[3] not in results.cells]
+    missing = [half for half in wanted if half[0] not in results.cells]
     there = len(wanted) - len(missing)
-    _say(f"{len(wanted)} cells, {there} of them are in {results.path} already")
+    _say(f"{len(wanted)} halves of cells, {there} of them are in {results.path} already")
     if missing:
-        rates = Rates.measure(missing[0][0])
-        expected = [estimate(loaded, number, rates) for loaded, number, *_ in missing]
+        rates = Rates.measure(missing[0][1])
+        expected = [estimate(loaded, number, half, rates) for _, loaded, number, _, half in missing]
         _say(f"expected: {human_seconds(sum(expected))}")
         start = time.perf_counter()
-        for i, (loaded, number, seed, key) in enumerate(missing):
+        for i, (key, loaded, number, seed, half) in enumerate(missing):
             began = time.perf_counter()
-            records = run_cell(loaded, number, seed)
+            records = run_half(loaded, number, seed, half)
             results.add(
                 key,
                 records,
                 dataset=loaded.name,
                 labels=number,
                 seed=seed,
+                half=half,
                 cap=cap,
                 test_rows=len(loaded.test),
                 profile=dict(loaded.profile),
@@ -742,7 +781,7 @@ def run(
                 f"[{i + 1}/{len(missing)}] {loaded.name}, {number} labels, seed {seed}: {scores}; "
                 f"took {human_seconds(ended - began)}, about {human_seconds(left)} left"
             )
-    return [record for *_, key in wanted for record in results.cells[key]]
+    return [record for key, *_ in wanted for record in results.cells[key]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -760,7 +799,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the task")
     parser.add_argument("--dev", action="store_true", help="score rows cut from train, and leave the test rows alone")
     parser.add_argument("--original", type=Path, metavar="DIR", help="another encoder to fine-tune and embed with")
-    parser.add_argument("--share", type=_share, default=(1, 1), metavar="K/N", help="the K-th of every N cells alone")
+    parser.add_argument(
+        "--share", type=_share, default=(1, 1), metavar="K/N", help="every N-th half of a cell alone, from the K-th on"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="finished cells; default quality-NAMES-capROWS.jsonl")
     parser.add_argument("--json", action="store_true", help="print the records as JSON instead of tables")
     given = parser.parse_args(arguments)

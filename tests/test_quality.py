@@ -127,8 +127,10 @@ def test_one_record_a_method_and_finished_cells_are_not_run_again(
     records = run(1)
     fields = ["dataset", "labels", "seed", "method", "accuracy", "macro_f1", "seconds"]
     assert all(list(record) == fields for record in records)
+    both = [*quality.METHODS, *quality.RIVALS]
     assert [(r["labels"], r["seed"], r["method"]) for r in records] == [
-        (labels, 0, name) for labels in (0, 8) for name in quality.METHODS
+        *((0, 0, name) for name in quality.METHODS),
+        *((8, 0, name) for name in both),
     ]
     count = len(quality.METHODS)
     without, with_labels = by_method(records[:count]), by_method(records[count:])
@@ -136,42 +138,44 @@ def test_one_record_a_method_and_finished_cells_are_not_run_again(
     assert able == {"zero-shot", "ensemble", "student"}
     assert without["ensemble"]["accuracy"] == without["zero-shot"]["accuracy"]
     assert all(0 <= record["accuracy"] <= 1 and record["seconds"] > 0 for record in with_labels.values())
-    assert len(out.read_text().splitlines()) == 2
+    assert len(out.read_text().splitlines()) == 3
 
     with out.open("a") as file:
         file.write('{"key": "cut off in the mid')  # killed while it wrote
     ran = []
-    run_cell = quality.run_cell
-    monkeypatch.setattr(quality, "run_cell", lambda *cell: ran.append(cell[1:]) or run_cell(*cell))
+    run_half = quality.run_half
+    monkeypatch.setattr(quality, "run_half", lambda *half: ran.append(half[1:]) or run_half(*half))
     assert run(1) == records
     assert ran == []
     more = run(2)
-    assert ran == [(8, 1)]
-    assert more[: 2 * count] == records
+    assert ran == [(8, 1, "prompting"), (8, 1, "rivals")]
+    assert more[: len(records)] == records
     assert run(2) == more
-    assert ran == [(8, 1)]
+    assert len(ran) == 2
 
     ran.clear()
     shares = [quality.run(data, ["tiny"], [0, 8], 3, task=task, cap=10, out=out, share=(k, 2)) for k in (1, 2)]
-    assert ran == [(8, 2)]
-    assert [(r[0]["labels"], r[0]["seed"]) for share in shares for r in (share, share[count:])] == [
-        (0, 0),
-        (8, 1),
-        (8, 0),
-        (8, 2),
+    assert sorted(ran) == [(8, 2, "prompting"), (8, 2, "rivals")]
+    assert [[(r["labels"], r["seed"], r["method"]) for r in share[:: len(both) // 2]] for share in shares] == [
+        [(0, 0, "zero-shot"), *((8, seed, "fine-tune") for seed in range(3))],
+        [(8, seed, "zero-shot") for seed in range(3)],
     ]
 
     ran.clear()
     changed = yaml.safe_load(task.read_text())
     changed["training"]["learning_rate"] = 3e-4
-    task.write_text(yaml.safe_dump(changed))
+    task.write_text(yaml.safe_dump(changed, sort_keys=False))
     run(1)
-    assert ran == [(0, 0), (8, 0)]
+    assert ran == [(0, 0, "prompting"), (8, 0, "prompting")]
+    ran.clear()
+    monkeypatch.setitem(quality.FINE_TUNE, "steps", 3)
+    run(1)
+    assert ran == [(8, 0, "rivals")]
 
 
 def test_no_cross_validation_without_two_rows_of_each_label(quality: Any, benchmark: tuple[Path, Path]) -> None:
     data, task = benchmark
-    records = by_method(quality.run_cell(quality.Dataset.load(data / "tiny", Task.load(task), 10), 2, 0))
+    records = by_method(quality.run_half(quality.Dataset.load(data / "tiny", Task.load(task), 10), 2, 0, "prompting"))
     assert records["best-annotator"]["accuracy"] is None
     assert records["best-annotator"]["seconds"] is None
     assert records["ensemble"]["accuracy"] is not None
@@ -191,7 +195,7 @@ def test_the_numbers_are_those_of_the_flow(
     raw["inputs"] |= {"id": None, "carry": []}
     task_file.write_text(yaml.safe_dump(raw, sort_keys=False))
     loaded = quality.Dataset.load(data / "tiny", Task.load(task_file), 100)
-    records = by_method(quality.run_cell(loaded, 10, 0))
+    records = by_method(quality.run_half(loaded, 10, 0, "prompting"))
 
     labelled, transfer = loaded.cut(10, 0)
     names = list(raw["labels"])
@@ -231,10 +235,12 @@ def test_generations_are_measured_beside_the_ensemble(
         return found
 
     plain, with_ipet = run(0), run(1)
-    assert [record["method"] for record in with_ipet] == [*quality.METHODS, "ipet", "ipet-student"]
-    assert all(record["accuracy"] is not None and record["seconds"] > 0 for record in with_ipet[-2:])
+    rivals = quality.RIVALS if labels else []
+    assert [record["method"] for record in with_ipet] == [*quality.METHODS, "ipet", "ipet-student", *rivals]
+    later = [record for record in with_ipet if record["method"].startswith("ipet")]
+    assert all(record["accuracy"] is not None and record["seconds"] > 0 for record in later)
     figures = [[(r["method"], r["accuracy"], r["macro_f1"]) for r in records] for records in (plain, with_ipet)]
-    assert figures[0] == figures[1][:-2]
+    assert figures[0] == [figure for figure in figures[1] if not figure[0].startswith("ipet")]
     assert run(0) == plain  # both are kept
     assert "| ipet | ipet-student |" in quality.table(with_ipet, 12)
 
@@ -247,7 +253,7 @@ def test_fine_tuning_gets_its_label_shares_matched_as_annotators_do(
     def run(strength: float) -> dict[str, dict[str, Any]]:
         given = Task.load(task, [f"training.match_prior={strength}"])
         loaded = quality.Dataset.load(data / "tiny", given, 12, original=tiny_model)
-        found: dict[str, dict[str, Any]] = by_method(quality.run_cell(loaded, 8, 0))
+        found: dict[str, dict[str, Any]] = by_method(quality.run_half(loaded, 8, 0, "rivals"))
         return found
 
     monkeypatch.setattr(quality, "smoothed_shares", lambda counts: np.array([0.9999, 0.0001]))  # all of one label
@@ -264,7 +270,7 @@ def test_fine_tuning_gets_its_label_shares_matched_as_annotators_do(
 def test_the_table_has_means_and_spreads(quality: Any) -> None:
     rows = [
         {"dataset": "d", "labels": 8, "seed": seed, "method": name, "accuracy": value, "macro_f1": 0.5, "seconds": 1.0}
-        for name in quality.METHODS
+        for name in [*quality.METHODS, *quality.RIVALS]
         for seed, value in enumerate([None, None] if name == "best-annotator" else [0.5, 0.6])
     ]
     table = quality.table(rows, 2000)
