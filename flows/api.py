@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.errors import ClozelineError, InputError
 from pipeline.locations import masked
@@ -30,6 +30,23 @@ def server_address() -> str:
     return str(address)
 
 
+def ask_server() -> None:
+    """Make sure that a server answers at the address in force.
+
+    Raises:
+        InputError: none is configured, there is none of Prefect's, or it refuses the credentials.
+        ClozelineError: it does not answer.
+    """
+    try:
+        _request("GET", "/admin/version")
+    except InputError:
+        raise
+    except ClozelineError as error:
+        raise ClozelineError(
+            f"{error}\n  fix: start it, or unset PREFECT_API_URL for a server of the run's own"
+        ) from error
+
+
 def emit_event(name: str, resource: Mapping[str, str], payload: Mapping[str, Any]) -> None:
     """Hand an event to the server; returns when the server has taken it.
 
@@ -45,20 +62,26 @@ def emit_event(name: str, resource: Mapping[str, str], payload: Mapping[str, Any
         InputError: no server is configured, or it refuses the event.
         ClozelineError: the server does not answer.
     """
+    from prefect.events import Event
+
+    event = Event(event=name, resource=dict(resource), payload=dict(payload))
+    _request("POST", "/events", [event.model_dump(mode="json")])
+
+
+def _request(method: Literal["GET", "POST"], path: str, content: Any = None) -> None:
+    """A request to the server, for its errors."""
     import httpx
     from prefect.client.orchestration import get_client
-    from prefect.events import Event
     from prefect.exceptions import PrefectHTTPStatusError
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     address = server_address()
-    event = Event(event=name, resource=dict(resource), payload=dict(payload))
     try:
         with (
             temporary_settings({PREFECT_CLIENT_MAX_RETRIES: _RETRIES}),
             get_client(httpx_settings={"timeout": _REQUEST_SECONDS}, sync_client=True) as client,
         ):
-            client.request("POST", "/events", json=[event.model_dump(mode="json")])
+            client.request(method, path, json=content)  # type: ignore[arg-type]
     except PrefectHTTPStatusError as error:
         status = error.response.status_code
         if status in (403, 404, 405) and not address.rstrip("/").endswith("/api"):
@@ -73,7 +96,7 @@ def emit_event(name: str, resource: Mapping[str, str], payload: Mapping[str, Any
                 where="PREFECT_API_AUTH_STRING",
                 fix="export the user and password that the server was started with",
             ) from error
-        raise ClozelineError(f"the Prefect server did not take the event: HTTP {status}") from error
+        raise ClozelineError(f"the Prefect server refused {method} {path}: HTTP {status}") from error
     except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
         raise InputError(f"this is no address: {error}", where="PREFECT_API_URL") from error
     except httpx.HTTPError as error:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 130 stopped by Ctrl-C
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ from flows.cli_console import (
     ProgressBars,
     TaskFile,
     err,
+    on_this_machine,
     out,
     percent,
     print_json,
@@ -63,9 +65,11 @@ def _prefect_server() -> Iterator[None]:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
 
+    from flows.api import ask_server
     from flows.server import temporary_server
 
     if PREFECT_API_URL.value():
+        ask_server()  # one that is away would be told by Prefect, after some time, in a traceback
         yield
         return
     with (
@@ -97,7 +101,8 @@ def run(
     # Before anything is started: a wrong task is told within a second.
     loaded = Task.load(task, overrides)
     release_path(loaded, out_dir)
-    check_task(loaded)
+    for warning in check_task(loaded):
+        warn(warning, err)
     with _prefect_server():
         from flows import dispatch
         from flows.label import label
@@ -200,25 +205,30 @@ def predict(
     student: Annotated[
         str, typer.Argument(metavar="RELEASE_OR_STUDENT", help="A release (a path or a URL), a version or its model.")
     ],
-    source: Annotated[Path, typer.Argument(metavar="IN.parquet")],
-    target: Annotated[Path, typer.Argument(metavar="OUT.parquet")],
+    source: Annotated[str, typer.Argument(metavar="IN.parquet", help="A path or a URL.")],
+    target: Annotated[str, typer.Argument(metavar="OUT.parquet")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Label a Parquet file with a released student."""
+    """Label a Parquet file with a released student; rows without text get no label."""
     import transformers
 
     from pipeline.predict import predict_file
+
+    written = on_this_machine(target)
+    if written.exists() and not force:
+        raise InputError("the file is there already", where=target, fix="choose another OUT.parquet, or --force")
 
     transformers.logging.disable_progress_bar()  # its bar for loading weights would stand before ours
     with Progress(TextColumn("predict"), BarColumn(), MofNCompleteColumn(), console=err, transient=True) as progress:
         bar = progress.add_task("predict", total=None)
         rows = predict_file(
-            student, source, target, lambda done, total: progress.update(bar, completed=done, total=total)
+            student, source, written, lambda done, total: progress.update(bar, completed=done, total=total)
         )
     if as_json:
-        print_json({"rows": rows, "path": str(target)})
+        print_json({"rows": rows, "path": target})
     else:
-        say(f"{rows:,} rows labelled: {escape(str(target))}")
+        say(f"{rows:,} rows labelled: {escape(target)}")
 
 
 @app.command()
@@ -277,6 +287,9 @@ app.command()(forget)
 
 def main() -> None:
     """Run the command and turn errors into exit codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone is no reason to stop
     try:
         if "--help" not in sys.argv:  # which is for those whose settings are wrong, too
             Settings()

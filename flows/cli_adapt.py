@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from flows.cli_console import AsJson, Overrides, TaskFile, err, out, percent, print_json, say, warn
+from flows.cli_console import AsJson, Overrides, TaskFile, err, on_this_machine, out, percent, print_json, say, warn
 from pipeline.errors import InputError, OutOfMemory, writing
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def adapt(
     task: TaskFile,
     overrides: Overrides = [],  # noqa: B006 - typer reads it, nobody changes it
     target: Annotated[
-        Path | None, typer.Option("--out", help="Copy the adapted model there, for base_model to name.")
+        str | None, typer.Option("--out", help="Copy the adapted model there, for base_model to name.")
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="Write the copy in fp16: half the size.")] = False,
     release: Annotated[
@@ -51,8 +51,9 @@ def adapt(
         )
     if half and target is None:
         raise InputError("there is no copy to halve", where="--half", fix="give --out DIR")
-    if target is not None and target.exists():
-        raise InputError("there is something already", where=str(target), fix="choose another --out")
+    copy = None if target is None else on_this_machine(target)
+    if copy is not None and copy.exists():
+        raise InputError("there is something already", where=str(copy), fix="choose another --out")
     for warning in check_task(loaded):
         warn(warning, err)
     store = open_store(Settings().store_location)
@@ -74,11 +75,11 @@ def adapt(
                 )
         artifact = store.find("adapt", stage.key)
         assert artifact is not None
-        if target is not None:
-            _copy(store.fetch(artifact).path / "model", target, half)
+        if copy is not None:
+            _copy(store.fetch(artifact).path / "model", copy, half)
     curve: list[dict[str, Any]] = artifact.meta["curve"]
     if as_json:
-        print_json({"curve": curve, "best": artifact.meta["best"], "cached": not built, "path": target and str(target)})
+        print_json({"curve": curve, "best": artifact.meta["best"], "cached": not built, "path": target})
         return
     names = [name for name in ("step", "tokens", "loss", "accuracy", "cosine") if name in curve[0]]
     table = Table(*names, title="held-out texts, hidden tokens", title_justify="left")
@@ -88,7 +89,7 @@ def adapt(
     out.print(table)
     say(f"{artifact.meta['texts']:,} texts in {artifact.meta['pieces']:,} pieces{'' if built else ' (cached)'}")
     if target is not None:
-        say(f"the model: {escape(str(target))}; name it as base_model")
+        say(f"the model: {escape(target)}; name it as base_model")
 
 
 def _run(process: StageProcess, request: Mapping[str, Any], progress: Callable[[int, int], None]) -> None:

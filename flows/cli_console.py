@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from pipeline.errors import InputError
+from pipeline.locations import local_path
 from pipeline.metrics import METHODS
 from pipeline.plan import Call, Plan, human_seconds
 
@@ -23,6 +26,18 @@ Overrides = Annotated[
 ]
 OutDir = Annotated[str | None, typer.Option("--out", help="The release directory.", metavar="DIR")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def on_this_machine(target: str) -> Path:
+    """Where a command writes that writes to this machine alone.
+
+    Raises:
+        InputError: it is a URL.
+    """
+    here = local_path(target)
+    if here is None:
+        raise InputError("it is written to this machine alone", where=target, fix="give a path, and copy it then")
+    return here
 
 
 def say(markup: str) -> None:

@@ -15,6 +15,12 @@ from pipeline.store import sha256_of
 EMBEDDED = "embedded"
 _POSITIONS_FROM_2 = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text"}
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
+_TOKENIZERS = [
+    *("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
+    "spm.model",
+]
+_POINTER = b"version https://git-lfs"
+WHOLE = "fetch the model again: all of its files, whole"
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,11 @@ def resolve_base_model(name: str, root: Path = Path("."), *, headless: bool = Fa
             fix="use 'embedded', a directory, or a hub name with its revision: NAME@REVISION",
         )
     # A warm process outlives a directory's content: an adapted model that was damaged is built again in its place.
-    stamp = tuple(sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in path.glob("*.*")))
-    return _describe(name, path.resolve(), headless, stamp)
+    try:
+        stamp = tuple(sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in path.glob("*.*")))
+        return _describe(name, path.resolve(), headless, stamp)
+    except OSError as error:  # a link whose target was removed from a hub's cache, above all
+        raise InputError(f"can't read the base model: {error}", where=f"base_model: {name}", fix=WHOLE) from error
 
 
 @functools.cache
@@ -99,6 +108,16 @@ def _describe(name: str, path: Path, headless: bool, stamp: tuple[tuple[str, int
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"can't read the model's configuration: {error}", where=str(path / "config.json")) from None
+    if not isinstance(config, dict):
+        raise InputError("the model's configuration is no mapping", where=str(path / "config.json"), fix=WHOLE)
+    if not any((path / file).is_file() for file in _TOKENIZERS):
+        raise InputError("the base model has no tokenizer", where=str(path), fix=f"put {_TOKENIZERS[0]} there")
+    for file in weights:
+        with file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise InputError(
+                    "this is a pointer to the weights, not the weights", where=str(file), fix="run: git lfs pull"
+                )
     architectures = config.get("architectures") or []
     if not headless and architectures and not any("MaskedLM" in a or "PreTraining" in a for a in architectures):
         raise InputError(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline import tables
-from pipeline.base_model import EMBEDDED, BaseModel
-from pipeline.errors import InputError
+from pipeline.base_model import EMBEDDED, WHOLE, BaseModel
+from pipeline.errors import InputError, loading
 from pipeline.locations import local_path
 from pipeline.release import OWN_COLUMNS
 from pipeline.settings import Settings
@@ -85,7 +85,12 @@ def _patterns(task: Task, base: BaseModel, problems: list[InputError], warnings:
     """Label words and pattern lengths, against the tokenizer."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    try:
+        with loading("the tokenizer", base.path, WHOLE):
+            tokenizer = AutoTokenizer.from_pretrained(base.path)
+    except InputError as error:
+        problems.append(error)
+        return
     longest = min(task.resolved("training")["max_length"], base.positions)
     encoder = Encoder(tokenizer, longest, task.training.truncation)
     told: set[str] = set()
@@ -115,7 +120,10 @@ def _patterns(task: Task, base: BaseModel, problems: list[InputError], warnings:
                 f"{len(verbalizer.widths)} times, once for each number of tokens"
             )
     try:
-        template = Template.parse(task.student_template)
+        try:
+            template = Template.parse(task.student_template)
+        except InputError as error:
+            raise InputError(error.problem, where="student.template", fix=error.fix) from None
         if template.has_mask:
             raise InputError("student.template has a {mask}: the student is a plain classifier", where="student")
         for column in template.columns:
@@ -203,12 +211,16 @@ def _files(task: Task, problems: list[InputError], warnings: list[str]) -> None:
             path = task.path(given)
             parquet = tables.open_parquet(path)
             tables.check_columns(parquet, ColumnRoles(tuple(inputs.text), label=inputs.label), str(path))
+            if parquet.metadata.num_rows == 0:
+                warnings.append(f"the {key} file holds no row: the run goes on as if there were none")
+                continue
             found = tables.label_names_in(parquet, inputs.label, str(path))
-            unknown = sorted(str(name) for name in found if name not in task.labels)
+            unknown = {name: row for name, row in found.items() if name not in task.labels}
             if unknown:
+                told = [f"row {row} has {_label(name)}" for name, row in list(unknown.items())[:5]]
                 problems.append(
                     InputError(
-                        f"unknown labels: {', '.join(repr(name) for name in unknown[:5])}",
+                        ", ".join(told) + (", ..." if len(unknown) > 5 else ""),
                         where=f"{path}, column {inputs.label}",
                         fix=f"the task's labels are: {', '.join(task.labels)}",
                     )
@@ -221,6 +233,10 @@ def _files(task: Task, problems: list[InputError], warnings: list[str]) -> None:
     if inputs.labelled is None:
         used = "teach the first generation as they are" if task.ipet.generations else "are used as they are"
         warnings.append(f"no labelled rows: the annotators {used} (zero-shot)")
+
+
+def _label(name: str | None) -> str:
+    return "no label" if name is None else f"the unknown label {name!r}"
 
 
 def _labelled_file(task: Task) -> list[Path]:

@@ -25,8 +25,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from pipeline.base_model import WHOLE
 from pipeline.batching import by_length, pad
-from pipeline.errors import InputError
+from pipeline.errors import InputError, loading
 from pipeline.last_layer import LastLayer, rectangle, shorten, trial_rows
 from pipeline.precision import attention_for, scoring, silent_loading, training_numbers
 from pipeline.progress import Progress
@@ -73,13 +74,10 @@ def _load(path: Path, device: torch.device, new_head: bool) -> tuple[Any, list[s
     Raises:
         InputError: it lacks others, or any where no new head is wanted, or it can't be loaded.
     """
-    try:
-        with silent_loading():
-            model, report = AutoModelForMaskedLM.from_pretrained(
-                path, dtype=torch.float32, output_loading_info=True, **attention_for(device)
-            )
-    except (ValueError, OSError) as error:
-        raise InputError(f"can't load the base model: {error}", where=str(path)) from error
+    with loading("the base model", path, WHOLE), silent_loading():
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, **attention_for(device)
+        )
     missing = sorted(report["missing_keys"])
     # A head that is not in the file would be made up at random, and so would every label.
     if missing and (not new_head or any(name.startswith(model.base_model_prefix + ".") for name in missing)):
@@ -373,8 +371,13 @@ class WordScorer:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The fast tokenizer of a model directory."""
-    return AutoTokenizer.from_pretrained(path, use_fast=True)
+    """The fast tokenizer of a model directory.
+
+    Raises:
+        InputError: it can't be loaded.
+    """
+    with loading("the tokenizer", path, WHOLE):
+        return AutoTokenizer.from_pretrained(path, use_fast=True)
 
 
 def stack_words(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], words: int) -> torch.Tensor:

@@ -81,6 +81,34 @@ def writing(what: str, where: str | Path, fix: str) -> Iterator[None]:
             raise InputError(f"can't write {what}: {error}", where=str(where), fix=fix) from error
 
 
+@contextmanager
+def loading(what: str, where: str | Path, fix: str) -> Iterator[None]:
+    """Tell files that a library can't make sense of as the user's to mend: it raises what its authors did not expect.
+
+    Args:
+        what: what is loaded, for people.
+        where: its directory.
+        fix: what may help.
+
+    Raises:
+        InputError: the files are not what they should be.
+    """
+    try:
+        yield
+    except (ClozelineError, MemoryError):
+        raise
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):  # what else torch says so is about memory and devices
+            raise
+        raise InputError(f"can't load {what}: {_brief(error)}", where=str(where), fix=fix) from error
+    except Exception as error:
+        raise InputError(f"can't load {what}: {_brief(error)}", where=str(where), fix=fix) from error
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def _rebuild_input_error(problem: str, where: str | None, fix: str | None) -> InputError:
     return InputError(problem, where=where, fix=fix)
 

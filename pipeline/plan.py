@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.base_model import EMBEDDED, BaseModel
 from pipeline.device import numeric_profile
+from pipeline.errors import InputError
 from pipeline.ipet import selection_seed, teachers
 from pipeline.publishing import release_path
 from pipeline.store import Store, key_of, sha256_of
@@ -179,10 +180,17 @@ def plan_run(task: Task, out: str | None) -> Plan:
     """Plan a run of a task, given what was released, and forgotten, at its release path.
 
     Raises:
-        InputError: the base model or a file can't be read.
+        InputError: the base model or a file can't be read, or the release path holds another task's versions.
     """
     release = release_path(task, out)
-    return build_plan(task, task.base(), newest_manifest(release), read_forgotten(release).contents)
+    newest = newest_manifest(release)
+    if newest is not None and newest["name"] != task.name:
+        raise InputError(
+            f"the newest version there is of the task {newest['name']!r}, and this one is called {task.name!r}",
+            where=release,
+            fix=f"choose another --out, or, if it is the same task, write name: {newest['name']} into its file",
+        )
+    return build_plan(task, task.base(), newest, read_forgotten(release).contents)
 
 
 class _Planner:

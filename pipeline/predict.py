@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import locations, tables, transfer
 from pipeline.device import numeric_profile
-from pipeline.errors import InputError, writing
+from pipeline.errors import InputError, loading, writing
 from pipeline.progress import Progress, part_of
 from pipeline.settings import Settings
 from pipeline.student import SETTINGS, Student, sound
@@ -72,13 +73,15 @@ def _footer(source: pa.Schema, added: Any) -> dict[bytes, bytes]:
     return footer | dict(features.arrow_schema.metadata)
 
 
-def predict_file(student: Path | str, source: Path, target: Path, progress: Progress = lambda done, total: None) -> int:
+def predict_file(
+    student: Path | str, source: Path | str, target: Path, progress: Progress = lambda done, total: None
+) -> int:
     """Write a copy of a Parquet file with the student's label, confidence and distribution for each row.
 
     Args:
         student: see `find_student`.
-        source: a Parquet file with the student's text columns.
-        target: where to write; replaced whole at the end.
+        source: a Parquet file with the student's text columns, or its URL. A row without text gets no label.
+        target: where to write; replaced whole at the end, and never the source.
         progress: called with rows done and rows in all.
 
     Returns:
@@ -91,13 +94,21 @@ def predict_file(student: Path | str, source: Path, target: Path, progress: Prog
     from datasets import ClassLabel, Features, List, Value
 
     directory = find_student(student)
-    settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
-    loaded = Student.load(directory, numeric_profile(settings["dtype"]))
-    file = tables.open_parquet(source)
-    tables.check_columns(file, ColumnRoles(loaded.template.columns), str(source))
+    if locations.is_url(str(target)):
+        raise InputError("it is written to this machine alone", where=str(target), fix="give a path, and copy it then")
+    here = transfer.fetch_file(str(source), Settings().cache_path)
+    if target.exists() and target.samefile(here):
+        raise InputError("this is the file to label", where=str(target), fix="choose another OUT.parquet")
+    file = tables.open_parquet(here)
     for name in ADDED:
         if name in file.schema_arrow.names:
             raise InputError(f"the file has a column {name!r} already", where=str(source), fix="rename it")
+    with loading("the student", directory, "take another copy of it, or label again"):
+        dtype = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))["dtype"]
+    loaded = Student.load(directory, numeric_profile(dtype))
+    tables.check_columns(
+        file, ColumnRoles(loaded.template.columns), str(source), "rename yours as the student reads it"
+    )
     added = Features(
         {
             "predicted": ClassLabel(names=loaded.labels),
@@ -125,17 +136,18 @@ def predict_file(student: Path | str, source: Path, target: Path, progress: Prog
 
 
 def _labelled(student: Student, batch: pa.RecordBatch, progress: Progress) -> list[pa.Array]:
-    """The columns of some rows, and those that are added."""
-    texts = {
-        name: ["" if text is None else text for text in tables.as_strings(batch.column(name)).to_pylist()]
-        for name in student.template.columns
-    }
+    """The columns of some rows, and those that are added: null where there is no text."""
+    given = {name: tables.as_strings(batch.column(name)) for name in student.template.columns}
+    blank = tables.blank(list(given.values()))
+    texts = {name: [text or "" for text in column.to_pylist()] for name, column in given.items()}
     probabilities = np.exp(sound(student.log_probabilities(texts, progress)))
     chosen = probabilities.argmax(axis=1)
-    return [
-        *batch.columns,
+    added = [
         pa.array(chosen, pa.int64()),
         pa.array([student.labels[i] for i in chosen], pa.string()),
         pa.array(probabilities.max(axis=1), pa.float32()),
         tables.to_lists(probabilities),
     ]
+    if pc.any(blank).as_py():
+        added = [pc.if_else(blank, pa.scalar(None, column.type), column) for column in added]
+    return [*batch.columns, *added]

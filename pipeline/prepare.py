@@ -52,7 +52,7 @@ def prepare_rows(
         Counts.
 
     Raises:
-        InputError: two files hold the same id.
+        InputError: two files hold the same id, or every test row has a labelled row's text.
 
     What grows with the rows lies in nameless files below ``out`` while this runs: 24 bytes a row.
     """
@@ -85,6 +85,12 @@ def prepare_rows(
     overlap = 0
     if len(sets) == 2:
         overlap = int(np.isin(hashes_of_hex(sets["test"].read(["content_hash"]).column(0)), known["labelled"]).sum())
+        if overlap == sets["test"].count > 0:
+            raise InputError(
+                "every test row is a labelled row",
+                where="inputs.test",
+                fix="give rows that are not in inputs.labelled, or leave it out: annotators are cross-validated anyway",
+            )
     return {"rows": pool, "renamed": renamed, "labelled_in_test": overlap, **counts}
 
 

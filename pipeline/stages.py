@@ -615,8 +615,8 @@ def _weighted(scores: list[Floats], weights: Doubles) -> Floats:
     return blend(scores, weights / weights.sum())
 
 
-def _on_test_file(job: Job, sound: list[int], weights: Doubles, chosen: str | None) -> dict[str, Any]:
-    """The test part of the metrics.
+def _on_test_file(job: Job, sound: list[int], weights: Doubles, chosen: str | None) -> dict[str, Any] | None:
+    """The test part of the metrics; None where the file holds no row with text.
 
     Args:
         job: the job of `evaluate`.
@@ -627,6 +627,8 @@ def _on_test_file(job: Job, sound: list[int], weights: Doubles, chosen: str | No
     """
     members, labels = job.spec["members"], job.spec["labels"]
     rows = Rows(job.inputs["test"].path).read()
+    if not rows.num_rows:
+        return None
     keep = np.ones(rows.num_rows, dtype=np.bool_)
     if "labelled" in job.inputs:
         known_texts = set(Rows(job.inputs["labelled"].path).read(["content_hash"]).column(0).to_pylist())

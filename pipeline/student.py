@@ -23,7 +23,7 @@ from pipeline.annotators import Labelled, Texts
 from pipeline.base_model import BaseModel
 from pipeline.batching import by_length, pad, split_by_length
 from pipeline.cloze import load_tokenizer
-from pipeline.errors import InputError
+from pipeline.errors import InputError, loading
 from pipeline.last_layer import LastLayer, shorten, trial_rows
 from pipeline.precision import attention_for, exact_outputs, scoring, training_numbers
 from pipeline.progress import Progress
@@ -93,15 +93,15 @@ class Student:
         """Read a student from its directory.
 
         Raises:
-            InputError: it is not a student's.
+            InputError: it is not a student's, or damaged.
         """
-        try:
-            settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        if not (path / SETTINGS).is_file():
             raise InputError(
                 "this is neither a release nor a student", where=str(path), fix="give a release's directory"
-            ) from None
-        return cls(path, settings, profile)
+            )
+        with loading("the student", path, "take another copy of it, or label again"):
+            settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+            return cls(path, settings, profile)
 
     def save(self, path: Path) -> None:
         """Write weights, tokenizer and settings; loads in plain transformers."""

@@ -53,9 +53,18 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     except FileNotFoundError:
         raise InputError("the file does not exist", where=str(path)) from None
     except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"can't read this as Parquet: {error}", where=str(path), fix="write it again; it may be truncated"
-        ) from None
+        if path.is_dir():
+            raise InputError("this is a directory", where=str(path), fix=f"name its files: {path}/*.parquet") from None
+        fix = "write it again; it may be truncated" if _begins_as_parquet(path) else "convert it to Parquet"
+        raise InputError(f"can't read this as Parquet: {error}", where=str(path), fix=fix) from None
+
+
+def _begins_as_parquet(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in (b"PAR1", b"")
+    except OSError:
+        return True
 
 
 def batches_of(
@@ -136,8 +145,16 @@ class ColumnRoles:
         return list(dict.fromkeys(name for name in named if name is not None))
 
 
-def check_columns(file: pq.ParquetFile, roles: ColumnRoles, where: str) -> None:
+def check_columns(
+    file: pq.ParquetFile, roles: ColumnRoles, where: str, wanted: str = "name the right one under inputs"
+) -> None:
     """Check that the columns are there and hold what they should.
+
+    Args:
+        file: the user's file.
+        roles: its columns.
+        where: what errors call the file.
+        wanted: what to do about a column that is not there.
 
     Raises:
         InputError: a column is missing or has a type that can't serve.
@@ -148,12 +165,14 @@ def check_columns(file: pq.ParquetFile, roles: ColumnRoles, where: str) -> None:
             raise InputError(
                 f"there is no column {name!r}",
                 where=where,
-                fix=f"the file has: {', '.join(schema.names)}; name the right one under inputs",
+                fix=f"the file has: {', '.join(schema.names)}; {wanted}",
             )
-    for role, column in (("id", roles.id), ("label", roles.label)):
+        if schema.names.count(name) > 1:
+            raise InputError(f"the column {name!r} is there twice", where=where, fix="rename or drop one of them")
+    for article, role, column in (("an", "id", roles.id), ("a", "label", roles.label)):
         if column is not None and pa.types.is_nested(schema.field(column).type):
             raise InputError(
-                f"the column {column!r} holds {schema.field(column).type}, which can't be an {role}",
+                f"the column {column!r} holds {schema.field(column).type}, which can't be {article} {role}",
                 where=where,
                 fix=f"name another column under inputs.{role}",
             )
@@ -163,7 +182,7 @@ def check_columns(file: pq.ParquetFile, roles: ColumnRoles, where: str) -> None:
             raise InputError(
                 f"the column {name!r} holds {schema.field(name).type}, not text",
                 where=where,
-                fix="name a text column under inputs.text",
+                fix="write it as text, or name another column under inputs.text",
             )
 
 
@@ -253,21 +272,21 @@ def ingest(
     ):
         for batch in told(batches_of(file, roles.wanted, where), progress, 2 * total, total):
             texts = {column: as_strings(batch.column(column)) for column in roles.text}
-            blank = _blank(list(texts.values()))
-            if pc.any(blank).as_py():
-                at = np.flatnonzero(np.asarray(blank)) + row_number
+            empty = blank(list(texts.values()))
+            if pc.any(empty).as_py():
+                at = np.flatnonzero(np.asarray(empty)) + row_number
                 if not quarantine:
                     raise InputError(
                         f"row {at[0]} has no text ({len(at)} such rows in this batch)",
                         where=f"{where}, column {' + '.join(roles.text)}",
                         fix="set inputs.on_bad_rows: quarantine to set such rows aside and go on",
                     )
-                first = texts[roles.text[0]].filter(blank)
+                first = texts[roles.text[0]].filter(empty)
                 aside.write_batch(
                     pa.record_batch([pa.array(at), pa.array(["no text"] * len(at)), first], schema=QUARANTINE_SCHEMA)
                 )
                 found.quarantined += len(at)
-            keep = pc.invert(blank)
+            keep = pc.invert(empty)
             numbers = np.flatnonzero(np.asarray(keep)) + row_number
             row_number += batch.num_rows
             plain = [_decoded(column) for column in batch.columns]
@@ -290,7 +309,7 @@ def ingest(
     return found
 
 
-def _blank(texts: Sequence[pa.Array]) -> pa.Array:
+def blank(texts: Sequence[pa.Array]) -> pa.Array:
     """Which rows have no text in any column."""
     empty = [pc.equal(pc.utf8_trim_whitespace(pc.fill_null(text, "")), "") for text in texts]
     return functools.reduce(pc.and_, empty)
@@ -320,7 +339,7 @@ class _Ids:
         batches = batches_of(file, [*roles.text, *([self.column] if self.column else [])], where)
         for batch in told(batches, progress, 2 * file.metadata.num_rows):
             texts = [as_strings(batch.column(column)) for column in roles.text]
-            keep = pc.invert(_blank(texts))
+            keep = pc.invert(blank(texts))
             if self.column is not None:
                 ids = as_strings(batch.column(self.column)).filter(keep)
                 yield hashes_of_texts(pc.fill_null(ids, "").to_pylist())
@@ -380,16 +399,19 @@ def _label_texts(column: pa.Array, class_names: list[str] | None) -> list[str | 
     return texts
 
 
-def label_names_in(file: pq.ParquetFile, label: str, where: str) -> set[str | None]:
-    """The distinct label names of a file's label column.
+def label_names_in(file: pq.ParquetFile, label: str, where: str) -> dict[str | None, int]:
+    """The distinct label names of a file's label column, each with the first row that has it.
 
     Raises:
         InputError: it can't be read to its end.
     """
     names = _class_names(file.schema_arrow, label)
-    found: set[str | None] = set()
+    found: dict[str | None, int] = {}
+    start = 0
     for batch in batches_of(file, [label], where):
-        found |= set(_label_texts(batch.column(0), names))
+        for row, name in enumerate(_label_texts(batch.column(0), names), start):
+            found.setdefault(name, row)
+        start += batch.num_rows
     return found
 
 

@@ -50,12 +50,27 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+def _words(value: Any) -> Any:
+    """Label words: one stands for a list of one, and what YAML took for something else than text is told."""
+    words = _listed(value)
+    for word in words:
+        if isinstance(word, bool | int | float):
+            raise ValueError(f"the word {word!r} is not text; {_quote_it(word)}")
+    return words
+
+
+def _quote_it(value: object) -> str:
+    if isinstance(value, bool):
+        return "quote it: YAML takes yes, no, on, off, true and false without quotes for truth values"
+    return f'quote it: "{value}"'
+
+
 def _pattern_alone(value: Any) -> Any:
     """A bare pattern stands for a PET annotator with that pattern."""
     return {"pattern": value} if isinstance(value, str) else value
 
 
-Words = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+Words = Annotated[list[str], BeforeValidator(_words), Field(min_length=1)]
 Columns = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
 
 
@@ -76,7 +91,9 @@ class Inputs(Section):
     text: Columns = Field(default=["text"], description="the text column, or several")
     label: str = Field("label", description="the label column of the labelled and the test file")
     id: str | None = Field(None, description="a unique column; without it the id is a hash of the text")
-    carry: list[str] = Field(default=[], description="columns to carry along into the release")
+    carry: Annotated[list[str], BeforeValidator(_listed)] = Field(
+        default=[], description="columns to carry along into the release"
+    )
     on_bad_files: Literal["fail", "skip"] = Field(
         "fail", description="what to do with an unlabelled file that is no readable Parquet: stop, or leave it out"
     )
@@ -290,7 +307,7 @@ class Task(Section):
             raise ValueError("give at least two labels, each with its words:  {good: [great, good], bad: awful}")
         for label, words in labels.items():
             if not isinstance(label, str):
-                raise ValueError(f"the label {label!r} is not text; quote it: '{label}'")
+                raise ValueError(f"the label {label!r} is not text; {_quote_it(label)}")
             if words is None or words == [] or words == "":
                 raise ValueError(f"the label {label!r} has no word")
         return labels
@@ -434,6 +451,8 @@ class Task(Section):
             where = locations.join(root, given) if self.base_url else os.path.join(root, given)
         here = locations.local_path(where)
         if here is not None:
+            if given and not locations.is_url(given) and (literal := self.root / given).is_file():
+                return [str(literal)]  # whose name may have brackets
             return [str(Path(match)) for match in sorted(glob.glob(str(here), recursive=True))]
         single = where.startswith(("http://", "https://")) or not glob.has_magic(given)
         return [self.locate(given)] if single else locations.matches(where)
@@ -464,7 +483,8 @@ class Task(Section):
         file = Path(str(path)) if here is None else here.resolve()
         fallback = file.stem if file.stem != "task" else file.parent.name
         raw.setdefault("name", re.sub(r"[^A-Za-z0-9_-]+", "-", fallback).strip("-_")[:64] or "task")
-        return cls.from_dict(raw, root=root, where=str(path), node=node)
+        changed = [override.partition("=")[0].strip().split(".") for override in overrides]
+        return cls.from_dict(raw, root=root, where=str(path), node=node, changed=changed)
 
     @classmethod
     def from_dict(
@@ -474,8 +494,16 @@ class Task(Section):
         root: Path | str = Path("."),
         where: str = "task",
         node: yaml.Node | None = None,
+        changed: Sequence[Sequence[str]] = (),
     ) -> Task:
-        """Validate a task given as a mapping; `root` is what its paths are relative to: a directory or a URL.
+        """Validate a task given as a mapping.
+
+        Args:
+            raw: keys and values as in a task file.
+            root: what its paths are relative to: a directory or a URL.
+            where: what errors call it.
+            node: the YAML that it comes from, for the lines of mistakes.
+            changed: the keys, as steps, that do not come from there.
 
         Raises:
             InputError: it does not describe a task.
@@ -484,7 +512,10 @@ class Task(Section):
             if own in raw:
                 raise InputError(f"{where}: unknown key {own!r}", fix="paths are relative to the task file")
         _refuse_half_characters(raw, where)
-        given: dict[str, Any] = {**raw, "root": Path(".") if isinstance(root, str) else root}
+        # A section of which nothing is left but its name is one without settings.
+        empty = {key for key in raw if raw[key] is None and next(_models_in(_annotation(cls, key)), None) is not None}
+        given: dict[str, Any] = {key: value for key, value in raw.items() if key not in empty}
+        given["root"] = Path(".") if isinstance(root, str) else root
         if isinstance(root, str):
             given["base_url"] = root
         base_model = _fetched_base_model(raw.get("base_model"), given.get("base_url"))
@@ -493,7 +524,7 @@ class Task(Section):
         try:
             task = cls.model_validate(given)
         except ValidationError as error:
-            told = [_tell(cls, problem, where, node) for problem in error.errors()]
+            told = [_tell(cls, problem, where, node, changed) for problem in error.errors()]
             raise InputError("\n".join(told), fix="`clozeline init` shows every key in a commented file") from None
         if base_model is not None:
             task._sources[base_model[0].resolve()] = base_model[1]
@@ -526,6 +557,7 @@ def _parsed(source: str, where: str) -> tuple[yaml.Node | None, Any]:
     """
     try:
         node = yaml.compose(source, Loader=yaml.SafeLoader)
+        _refuse_repeated_keys(node, where)
         if node is not None and _unfolded(node, {}) > _MOST_VALUES:
             raise InputError(
                 f"its aliases unfold to more than {_MOST_VALUES} values", where=where, fix="write the values out"
@@ -535,6 +567,33 @@ def _parsed(source: str, where: str) -> tuple[yaml.Node | None, Any]:
         raise yaml.YAMLError(f"a value can't be read: {error}") from error
     except RecursionError:
         raise InputError("the YAML is nested too deeply", where=where, fix="a task needs four levels") from None
+
+
+def _refuse_repeated_keys(root: yaml.Node | None, where: str) -> None:
+    """Make sure that no key stands twice in one mapping, of which YAML would take the last in silence.
+
+    Raises:
+        InputError: one does.
+    """
+    waiting, seen = [root] if root is not None else [], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            waiting += [key, value]
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                raise InputError(
+                    f"the key {key.value!r} is there twice, in lines {lines[key.value]} and {line}",
+                    where=where,
+                    fix="write it once; several values stand in a list: [great, fine]",
+                )
 
 
 def _unfolded(node: yaml.Node, known: dict[int, float]) -> float:
@@ -618,6 +677,11 @@ def _known_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[s
     return [key for key in at.model_fields if key not in _OWN] if at is not None else []
 
 
+def _annotation(model: type[BaseModel], key: str) -> Any:
+    field = model.model_fields.get(key)
+    return None if field is None else field.annotation
+
+
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
@@ -642,12 +706,17 @@ def _line_of(node: yaml.Node | None, location: Sequence[str | int]) -> int | Non
     return line
 
 
-def _tell(model: type[BaseModel], problem: Any, where: str, node: yaml.Node | None) -> str:
+def _tell(
+    model: type[BaseModel], problem: Any, where: str, node: yaml.Node | None, changed: Sequence[Sequence[str]]
+) -> str:
     """One validation error as a line that a user can act on."""
     location = problem["loc"]
-    key = ".".join(str(step) for step in location)
+    steps = [str(step) for step in location]
+    key = ".".join(steps)
     line = _line_of(node, location)
     place = f"{where}{f':{line}' if line else ''}"
+    if any(steps[: len(other)] == list(other) for other in changed):
+        place = "--set"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(model, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)

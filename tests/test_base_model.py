@@ -20,7 +20,9 @@ from transformers import (
 )
 
 from pipeline.base_model import BaseModel, resolve_base_model
+from pipeline.checks import check_task
 from pipeline.errors import InputError
+from pipeline.task import Task
 from tests.conftest import POSITIONS
 
 
@@ -97,6 +99,48 @@ def test_a_model_without_a_masked_lm_head_is_refused(copy: Callable[[str], Path]
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "architectures": ["BertForSequenceClassification"]}))
     assert "no masked-LM head (it is a BertForSequenceClassification)" in refusal(path)
+
+
+def test_a_pointer_in_place_of_the_weights_is_told_as_that(copy: Callable[[str], Path]) -> None:
+    path = copy("pointer")
+    (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "git lfs pull" in refusal(path)
+
+
+def test_a_model_whose_files_are_gone_is_told(copy: Callable[[str], Path]) -> None:
+    path = copy("links")
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").symlink_to(path / "gone")
+    assert "can't read the base model" in refusal(path)
+
+
+def test_a_model_without_a_tokenizer_is_refused(copy: Callable[[str], Path]) -> None:
+    path = copy("mute")
+    for file in [*path.glob("tokenizer*"), *path.glob("vocab*")]:
+        file.unlink()
+    assert "has no tokenizer" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00"),
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"{}"),
+        ("config.json", b"[1]"),
+        (
+            "config.json",
+            b'{"model_type": "bert", "architectures": ["BertForMaskedLM"], "max_position_embeddings": "x"}',
+        ),
+    ],
+)
+def test_a_model_that_can_not_be_loaded_is_told_with_its_directory_by_check(
+    name: str, content: bytes, copy: Callable[[str], Path], tiny_task: Callable[..., Path]
+) -> None:
+    path = copy("damaged")
+    (path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"(?s)(can't load|can't read|is no mapping).*{path}"):
+        check_task(Task.load(tiny_task(changes={"base_model": str(path)})))
 
 
 @pytest.mark.parametrize("text", [None, "{", ""])

@@ -171,6 +171,41 @@ def test_an_unknown_engine_is_refused_with_the_known_ones(environment: dict[str,
 
 
 @pytest.mark.prefect
+def test_a_run_tells_at_once_that_its_server_is_away(
+    environment: dict[str, str], tiny_task: Callable[..., Path]
+) -> None:
+    task = str(tiny_task())
+    done = clozeline({**environment, "PREFECT_API_URL": "http://127.0.0.1:9/api"}, "run", task)
+    assert done.returncode == 1
+    assert "failed: the Prefect server at http://127.0.0.1:9/api does not answer" in done.stderr
+    assert "unset PREFECT_API_URL" in done.stderr
+    done = clozeline({**environment, "PREFECT_API_URL": "nonsense"}, "run", task)
+    assert done.returncode == 2
+    assert "this is no address" in done.stderr
+
+
+def test_what_is_written_to_this_machine_alone_is_no_url(
+    environment: dict[str, str], tiny_task: Callable[..., Path]
+) -> None:
+    for arguments in (
+        ("predict", "releases", "in.parquet", "s3://bucket/out.parquet"),
+        ("adapt", str(tiny_task()), "--set", "adapt.steps=1", "--out", "s3://bucket/model"),
+    ):
+        done = clozeline(environment, *arguments)
+        assert done.returncode == 2
+        assert "written to this machine alone" in done.stderr
+
+
+def test_predict_replaces_a_file_when_told_to_alone(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "out.parquet").write_text("mine")
+    done = clozeline(environment, "predict", str(tmp_path), "in.parquet", str(tmp_path / "out.parquet"))
+    assert done.returncode == 2
+    assert "is there already" in done.stderr
+    done = clozeline(environment, "predict", str(tmp_path), "in.parquet", str(tmp_path / "out.parquet"), "--force")
+    assert "neither a release nor a student" in done.stderr
+    assert (tmp_path / "out.parquet").read_text() == "mine"
+
+
 def test_a_run_tells_that_it_waits_for_another_and_takes_the_engine_that_it_is_given(
     environment: dict[str, str], tiny_task: Callable[..., Path], tmp_path: Path
 ) -> None:

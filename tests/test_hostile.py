@@ -188,6 +188,10 @@ def test_labelled_and_test_files_without_rows_are_as_if_there_were_none(run: Run
     run()
     assert len(unlabelled(run)) == 24
     assert run.summary["rows"] == {"review": 5, "rest": 19}
+    assert run.summary["test"] is None
+    told = check_task(Task.load(run.path))
+    for name in ("labelled", "test"):
+        assert f"the {name} file holds no row: the run goes on as if there were none" in told
 
 
 def test_damage_behind_a_whole_footer_is_told_by_the_plan(run: Run) -> None:

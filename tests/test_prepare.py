@@ -107,6 +107,16 @@ def test_test_rows_in_the_pool_are_counted_and_stay(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "excluded.parquet").column("row").to_pylist() == [0]
 
 
+def test_a_test_file_of_labelled_rows_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="every test row is a labelled row"):
+        prepare(
+            tmp_path,
+            [shard(tmp_path, "pool", ["a", "b"])],
+            labelled=shard(tmp_path, "labelled", ["x", "y"]),
+            test=shard(tmp_path, "test", ["y", "x", "x"]),
+        )
+
+
 def test_an_id_in_two_files_is_told_with_both(tmp_path: Path) -> None:
     shards = [shard(tmp_path, "one", ["a", "b"], ["k1", "k2"]), shard(tmp_path, "two", ["c"], ["k2"])]
     with pytest.raises(InputError, match=r"the id 'k2' is in file-0\.parquet and in file-1\.parquet"):

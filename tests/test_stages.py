@@ -19,6 +19,7 @@ from pipeline.annotators import Texts
 from pipeline.annotators.pet import PetAnnotator
 from pipeline.checks import check_task
 from pipeline.errors import InputError
+from pipeline.plan import plan_run
 from pipeline.predict import predict_file
 from pipeline.progress import Progress
 from pipeline.stages import run_stage
@@ -288,6 +289,28 @@ def test_predict_gives_the_releases_labels(run: Run, tmp_path: Path) -> None:
         predict_file(run.out, target, tmp_path / "again.parquet")
 
 
+def test_predict_never_overwrites_what_it_reads_and_gives_rows_without_text_no_label(run: Run, tmp_path: Path) -> None:
+    run()
+    source = tmp_path / "source.parquet"
+    pq.write_table(pa.table({"text": [GOOD[0], None, "  ", BAD[0]]}), source)
+    (tmp_path / "link.parquet").symlink_to(source)
+    for target in (source, tmp_path / "link.parquet"):
+        with pytest.raises(InputError, match="this is the file to label"):
+            predict_file(run.out, source, target)
+    predict_file(run.out, source, tmp_path / "out.parquet")
+    found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["predicted_name"] is None for row in found] == [False, True, True, False]
+    assert all((row["predicted"] is None) == (row["predicted_probs"] is None) for row in found)
+    assert load_dataset("parquet", data_files=str(tmp_path / "out.parquet"), cache_dir=str(tmp_path / "c"))
+
+
+def test_another_tasks_release_path_is_refused(run: Run) -> None:
+    run()
+    plan_run(Task.load(run.path), str(run.out))
+    with pytest.raises(InputError, match=r"of the task 'tiny', and this one is called 'other'(?s:.*)write name: tiny"):
+        plan_run(Task.load(run.path, ["name=other"]), str(run.out))
+
+
 def test_no_labelled_rows_gives_a_zero_shot_release(tiny_task: MakeTask) -> None:
     run = Run(tiny_task(changes={"inputs": {"labelled": None}}))
     run()
@@ -371,7 +394,7 @@ def test_bad_rows_are_set_aside_when_asked(tiny_task: MakeTask) -> None:
         ("inputs.text=body", "names the column 'text', which is not among inputs.text"),
         ("inputs.unlabelled=none-*.parquet", "no file matches 'none-\\*.parquet'"),
         ("inputs.id=number", "there is no column 'number'"),
-        ("labels={good: [good], poor: [bad]}", "unknown labels: 'bad'"),
+        ("labels={good: [good], poor: [bad]}", "row [0-9]+ has the unknown label 'bad'"),
         ("labels={good: [good], bad: [Good]}", "'Good' is shared by 'bad' and 'good'"),
         ("inputs.carry=[label]", "a release has a column 'label' of its own"),
         ("base_model=nowhere", "there is no base model 'nowhere'"),

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.annotators import Labelled
 from pipeline.errors import InputError
-from pipeline.student import SETTINGS, Student, distill
+from pipeline.student import Student, distill
 from pipeline.tables import Floats
 from tests.conftest import BAD, GOOD, POSITIONS, sentence
 
@@ -179,7 +179,6 @@ def test_a_saved_student_loads_in_plain_transformers(untrained: Student, tmp_pat
 
 
 def test_what_is_no_student_is_refused(tmp_path: Path, tiny_model: Path, profile: Profile) -> None:
-    (tmp_path / SETTINGS).write_text("{")
     for path in (tmp_path, tiny_model, tmp_path / "nowhere"):
         with pytest.raises(InputError, match="neither a release nor a student"):
             Student.load(path, profile)

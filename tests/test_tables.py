@@ -307,7 +307,7 @@ def test_class_labels_are_read_by_their_names_not_their_numbers(
     assert pq.read_schema(path).field("label").type == pa.int64()
     ingest(path, LABELLED, out, label_names=LABELS)
     assert Rows(out).read().column("label").to_pylist() == [1, 0, 0]
-    assert tables.label_names_in(pq.ParquetFile(path), "label", "") == {"bad", "good"}
+    assert tables.label_names_in(pq.ParquetFile(path), "label", "") == {"bad": 0, "good": 1}
 
 
 @pytest.mark.parametrize("nothing", [-1, None])
@@ -326,6 +326,27 @@ def test_a_class_label_beyond_the_names_is_an_unknown_label(
     schema = pq.read_schema(path)
     pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 2]}).cast(schema), path)
     assert "row 1 has the unknown label '2'" in refusal(path, LABELLED, label_names=LABELS)
+
+
+def test_a_column_that_is_there_twice_is_told(refusal: Callable[..., str], tmp_path: Path) -> None:
+    columns = [pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.table(columns, names=["text", "text"]), tmp_path / "twice.parquet")
+    assert "the column 'text' is there twice" in refusal(tmp_path / "twice.parquet", ColumnRoles(("text",)))
+
+
+def test_what_is_no_parquet_is_told_with_what_to_do_about_it(tmp_path: Path, write_parquet: WriteParquet) -> None:
+    def told(path: Path) -> str:
+        with pytest.raises(InputError) as caught:
+            tables.open_parquet(path)
+        return str(caught.value)
+
+    table = tmp_path / "rows.csv"
+    table.write_text("text\ngood\n")
+    assert "convert it to Parquet" in told(table)
+    assert f"name its files: {tmp_path}/*.parquet" in told(tmp_path)
+    half = write_parquet({"text": ["a"] * 100})
+    half.write_bytes(half.read_bytes()[:100])
+    assert "it may be truncated" in told(half)
 
 
 def test_an_unknown_label_is_told_with_its_row_and_the_tasks_labels(

@@ -74,6 +74,39 @@ def test_an_unknown_key_is_told_with_its_line_and_the_nearest_known_key(
     assert f"{path}:{line}: unknown key {key!r}; the nearest known key is {nearest!r}" in told
 
 
+def test_a_key_that_stands_twice_is_told_with_both_lines(write: Callable[..., Path]) -> None:
+    text = SMALLEST.replace("{good: [great, good], bad: awful}", "\n  good: great\n  good: fine\n  bad: awful")
+    assert "the key 'good' is there twice, in lines 2 and 3" in refusal(write(text))
+    assert "'training' is there twice" in refusal(write(SMALLEST + "training: {steps: 3}\ntraining: {folds: 3}\n"))
+
+
+def test_words_and_labels_that_yaml_takes_for_truth_values_are_told_as_that(write: Callable[..., Path]) -> None:
+    told = refusal(write(SMALLEST.replace("bad: awful", "bad: no")))
+    assert "the word False is not text; quote it: YAML takes yes, no, on, off" in told
+    assert "the label True is not text; quote it: YAML takes yes" in refusal(write(SMALLEST.replace("good:", "yes:")))
+    assert 'the word 5 is not text; quote it: "5"' in refusal(write(SMALLEST.replace("awful", "5")))
+
+
+def test_a_section_without_settings_is_as_if_it_were_not_there(write: Callable[..., Path]) -> None:
+    assert Task.load(write(SMALLEST + "training:\nstudent:\n")) == Task.load(write(SMALLEST))
+    assert "inputs: is missing" in refusal(write("labels: {good: a, bad: b}\ninputs:\nannotators: ['{text} {mask}']\n"))
+
+
+def test_a_mistake_in_an_override_is_not_told_as_a_line_of_the_file(write: Callable[..., Path]) -> None:
+    path = write(SMALLEST + "training:\n  steps: 3\n")
+    assert refusal(path, "training.steps=x").startswith("--set: training.steps")
+    assert refusal(write(SMALLEST + "training:\n  steps: x\n"), "training.folds=2").startswith(
+        f"{path}:6: training.steps"
+    )
+
+
+def test_a_file_may_have_brackets_in_its_name(write: Callable[..., Path]) -> None:
+    path = write()
+    (path.parent / "pool [1].parquet").touch()
+    task = Task.load(path, ["inputs.unlabelled=pool [1].parquet"])
+    assert [file.name for file in task.matched_files()] == ["pool [1].parquet"]
+
+
 def test_an_unknown_key_inside_inputs_and_in_an_annotator_is_found(write: Callable[..., Path]) -> None:
     path = write("""\
         labels: {good: great, bad: awful}
