@@ -67,10 +67,10 @@ STUDENT: list[dict[str, Any]] = [
 ]
 FINE_TUNES: list[dict[str, Any]] = [
     {},
-    {"steps": 50},
-    {"steps": 300},
-    {"dropout": None, "freeze_embeddings": False},
-    {"dropout": None, "freeze_embeddings": False, "steps": 300, "learning_rate": 5e-5},
+    {"steps": 300, "learning_rate": 5e-5},
+    {"dropout": 0.0, "freeze_embeddings": True},
+    {"dropout": 0.0, "freeze_embeddings": True, "steps": 50},
+    {"dropout": 0.0, "freeze_embeddings": True, "steps": 300},
 ]
 TRANSFER, JUDGED = 1000, 500
 
