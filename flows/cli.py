@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +46,6 @@ from pipeline.plan import human_seconds
 from pipeline.settings import EngineName, Settings
 
 app = typer.Typer(
-    help="From a handful of labelled texts and a heap of unlabelled Parquet to a labelled dataset.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,6 +56,21 @@ Engine = Annotated[
     EngineName | None,
     typer.Option("--engine", help="Where stages that run a model are executed; by default what CLOZELINE_ENGINE says."),
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"clozeline {version('clozeline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def clozeline(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """From a handful of labelled texts and a heap of unlabelled Parquet to a labelled dataset."""
 
 
 @contextmanager

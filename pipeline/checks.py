@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def check_task(task: Task) -> list[str]:
 
 
 def _storage(problems: list[InputError]) -> None:
-    """The store can be reached, and there is room on the disk that stages work on."""
+    """The store can be reached and written, and there is room on the disk that stages work on."""
     location = Settings().store_location
     here = local_path(location)
     if here is None:
@@ -63,9 +64,16 @@ def _storage(problems: list[InputError]) -> None:
         except InputError as error:
             problems.append(error)
     directory = here or Settings().cache_path
-    free = shutil.disk_usage(_existing(directory)).free
+    what, setting = ("the store", "CLOZELINE_STORE") if here else ("the copies of remote files", "CLOZELINE_CACHE")
+    existing = _existing(directory)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        why = "can't be written" if existing.is_dir() else "is no directory"
+        problems.append(
+            InputError(f"can't write {what}: {existing} {why}", where=str(directory), fix=f"set {setting} elsewhere")
+        )
+        return
+    free = shutil.disk_usage(existing).free
     if free < _FREE_BYTES:
-        what, setting = ("the store", "CLOZELINE_STORE") if here else ("the copies of remote files", "CLOZELINE_CACHE")
         problems.append(
             InputError(
                 f"only {free / 1e6:.0f} MB are free where {what} lie{'s' if here else ''}",

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,10 @@ def test_check_counts_the_work_of_every_generation(
 def test_check_shows_no_bar_of_a_library(environment: dict[str, str], tiny_task: Callable[..., Path]) -> None:
     done = clozeline(environment, "check", str(tiny_task()))
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_version_is_that_of_the_package(environment: dict[str, str]) -> None:
+    assert clozeline(environment, "--version").stdout == f"clozeline {version('clozeline')}\n"
 
 
 def test_help_needs_no_right_settings(environment: dict[str, str]) -> None:

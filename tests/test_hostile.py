@@ -587,6 +587,7 @@ def test_commands_end_with_2_and_name_the_place_and_the_fix(
         (("run", task, *plain, "inputs.unlabelled=surrogate.parquet"), {}, ["row 1", "surrogate.parquet", "as UTF-8"]),
         (("init", str(folder / "labelled.parquet"), "--out", str(file / "t.yaml")), {}, [str(file), "another --out"]),
         (("run", task), {"CLOZELINE_STORE": str(file / "store")}, [str(file), "CLOZELINE_STORE"]),
+        (("check", task), {"CLOZELINE_STORE": str(file / "store")}, ["can't write the store", "CLOZELINE_STORE"]),
         (("run", task), {"CLOZELINE_STORE": str(tight / "store")}, [str(tight), "4 MB are free", "CLOZELINE_STORE"]),
     ]:
         machine.environment.pop("CLOZELINE_STORE", None)
