@@ -18,7 +18,7 @@ labelled ones; `prior-fine-tune` does the same to a fine-tuned classifier. `stud
 and distills their blend with each setting. `base` asks which base model is the better start: untrained, trained with
 the preset, and for logistic regression on its vectors, a pattern a draw, and how far each is ahead of the first on the
 same draws. `fine-tune` trains the rival of `benchmarks/quality.py`, each base model with a classification head, with
-each setting: a rival with bad settings would be no rival.
+each setting.
 """
 
 from __future__ import annotations
@@ -67,10 +67,8 @@ STUDENT: list[dict[str, Any]] = [
 ]
 FINE_TUNES: list[dict[str, Any]] = [
     {},
-    {"steps": 300, "learning_rate": 5e-5},
-    {"dropout": 0.0, "freeze_embeddings": True},
-    {"dropout": 0.0, "freeze_embeddings": True, "steps": 50},
-    {"dropout": 0.0, "freeze_embeddings": True, "steps": 300},
+    {"steps": 100, "learning_rate": 1e-4},
+    *({"dropout": 0.0, "freeze_embeddings": True, "steps": n, "learning_rate": 1e-4} for n in (50, 100, 300)),
 ]
 TRANSFER, JUDGED = 1000, 500
 
