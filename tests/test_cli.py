@@ -99,6 +99,18 @@ def test_config_tells_the_server_in_force_and_masks_credentials(environment: dic
     assert "CLOZELINE_PORT" not in told  # a setting of the cluster script
 
 
+def test_names_and_keys_are_whole_and_in_one_line_on_80_columns(store: Store, environment: dict[str, str]) -> None:
+    with store.using([build(store, "annotate", "a" * 32, 999_900), build(store, "fit", "b" * 32, 10)], {}):
+        narrow = {**environment, "COLUMNS": "80", "CLOZELINE_RAY_ADDRESS": f"ray://{'x' * 60}:1"}
+        settings, artifacts = (clozeline(narrow, *command).stdout for command in (["config"], ["store", "ls"]))
+    assert all(f"CLOZELINE_{name.upper()} " in settings for name in Settings.model_fields)
+    assert "x" * 60 in "".join(line.split("│")[2].strip() for line in settings.splitlines() if line.count("│") == 5)
+    rows = {line.split()[1]: line for line in artifacts.splitlines() if line.startswith(("annotate", "fit"))}
+    assert list(rows) == ["a" * 32, "b" * 32]
+    assert all(row.rstrip().endswith("yes") for row in rows.values())
+    assert "…" not in settings + artifacts
+
+
 @pytest.mark.parametrize("command", [["config"], ["run", "no.yaml"], ["store", "gc"], ["init", "no.parquet"]])
 def test_a_wrong_value_of_a_variable_is_the_users_error_in_every_command(
     environment: dict[str, str], command: list[str]
