@@ -17,6 +17,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from flows import cli_store
 from flows.cli_adapt import adapt
@@ -245,23 +246,28 @@ def init(
 @app.command()
 def preview(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Show the patterns on real rows: rendered text, token counts, how many texts are cut."""
-    from pipeline.preview import preview_task
+    from pipeline.preview import excerpt, preview_task, printable
     from pipeline.task import Task
 
-    rows, previews = preview_task(Task.load(task, overrides))
+    shown = preview_task(Task.load(task, overrides))
     if as_json:
-        print_json({"rows": rows, "patterns": [vars(found) for found in previews]})
+        patterns = [vars(found) for found in shown.patterns]
+        print_json({"rows": shown.rows, "blank": shown.blank, "patterns": patterns})
         return
-    for found in previews:
-        say(f"[bold]{escape(found.name)}[/]  {escape(found.pattern)}")
+    if not shown.rows:
+        blank = f"the first {shown.blank:,} rows of {shown.file} have no text" if shown.blank else ""
+        warn(f"{blank or f'{shown.file} has no row'}: there is nothing to show the patterns on")
+    for found in shown.patterns:
+        say(f"[bold]{escape(found.name)}[/]  {escape(printable(found.pattern))}")
         for example in found.examples:
-            say(f"  {escape(example)}")
+            out.print(Text(f"  {excerpt(example)}"), soft_wrap=True)  # as it stands: ":bug:" stays ":bug:"
         words = ", ".join(w if len(t) == 1 else f"{w} ({' '.join(t)})" for w, t in found.words.items())
-        say(f"  [dim]words:[/] {escape(words)}")
-        say(
-            f"  [dim]tokens:[/] {found.mean_tokens:.1f} on average, {found.max_tokens} at most; "
-            f"{percent(found.shortened)} of {rows:,} rows are cut"
-        )
+        say(f"  [dim]words:[/] {escape(printable(words))}")
+        if shown.rows:
+            say(
+                f"  [dim]tokens:[/] {found.mean_tokens:.1f} on average, {found.max_tokens} at most; "
+                f"{percent(found.shortened)} of {shown.rows:,} rows are cut"
+            )
 
 
 app.add_typer(cli_store.app, name="store")

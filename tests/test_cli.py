@@ -182,6 +182,65 @@ def test_an_unknown_engine_is_refused_with_the_known_ones(environment: dict[str,
     assert all(engine in done.stderr for engine in ENGINES)
 
 
+def previewed(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], task: Path, texts: list[str | None]) -> str:
+    """What `preview` prints of a task's patterns on these texts."""
+    path = task.parent / "unlabelled.parquet"
+    pq.write_table(pa.table({"key": [str(i) for i in range(len(texts))], "text": pa.array(texts, pa.string())}), path)
+    arguments = ("preview", str(task), "--set", "inputs.carry=[]")
+    full = json.loads(in_process(monkeypatch, environment, *arguments, "--json"))
+    given = [text for text in texts if text and text.strip()]
+    assert (full["rows"], full["blank"]) == (len(given), len(texts) - len(given))
+    assert [found["examples"][: len(given)] for found in full["patterns"]] == [
+        [f"{text} It was [MASK]." for text in given[:2]],
+        [f"[MASK]: {text}" for text in given[:2]],
+    ]
+    return in_process(monkeypatch, environment, *arguments)
+
+
+def test_preview_spells_out_control_characters(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], tiny_task: Callable[..., Path]
+) -> None:
+    text = "good \x1b]0;title\x07\x1b[31m\n\x9b2J \u202ebad\u2028 \U0001f469\u200d\U0001f680 caf\xe9 [red]:bug:\\"
+    told = previewed(monkeypatch, environment, tiny_task(), [text])
+    escaped = r"good \x1b]0;title\x07\x1b[31m\n\x9b2J \u202ebad\u2028"
+    assert f"  {escaped} \U0001f469\u200d\U0001f680 caf\xe9 [red]:bug:\\ It was [MASK].\n" in told
+
+
+@pytest.mark.parametrize("text", ["start " + "x" * 3_000_000 + " end", "start " + "\x1b" * 5000 + " end"])
+def test_preview_shows_the_two_ends_of_a_long_text(
+    text: str, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], tiny_task: Callable[..., Path]
+) -> None:
+    lines = previewed(monkeypatch, environment, tiny_task(), [text]).splitlines()
+    first, second = (line for line in lines if "start" in line)
+    assert first.startswith("  start ")
+    assert first.endswith(" end It was [MASK].")
+    assert second.startswith("  [MASK]: start ")
+    assert second.endswith(" end")
+    assert all(550 < len(line) < 610 and line.count("…") == 1 for line in (first, second))
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"), [([], "unlabelled.parquet has no row"), ([None, " "], "unlabelled.parquet have no text")]
+)
+def test_preview_says_that_there_is_no_text_to_show(
+    texts: list[str | None],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    tiny_task: Callable[..., Path],
+) -> None:
+    told = previewed(monkeypatch, environment, tiny_task(), texts)
+    assert message in told
+    assert "words:" in told
+    assert "are cut" not in told
+
+
+def test_preview_leaves_rows_without_text_out(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], tiny_task: Callable[..., Path]
+) -> None:
+    assert "of 2 rows are cut" in previewed(monkeypatch, environment, tiny_task(), [None, "good", "", "bad"])
+
+
 @pytest.mark.prefect
 def test_a_run_tells_that_it_waits_for_another_and_takes_the_engine_that_it_is_given(
     environment: dict[str, str], tiny_task: Callable[..., Path], tmp_path: Path
