@@ -19,6 +19,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from flows import cli_store
 from flows.cli_adapt import adapt
@@ -42,6 +43,7 @@ from flows.cli_events import notify, watch
 from flows.cli_versions import forget, promote, rollback, versions
 from flows.events import task_location
 from pipeline.errors import ClozelineError, InputError, writing
+from pipeline.locations import is_url
 from pipeline.plan import human_seconds
 from pipeline.settings import EngineName, Settings
 
@@ -248,20 +250,23 @@ def predict(
 
 @app.command()
 def init(
-    file: Annotated[Path, typer.Argument(metavar="FILE.parquet", help="Labelled rows, or rows to label.")],
+    file: Annotated[str, typer.Argument(metavar="FILE.parquet", help="Labelled rows, or rows to label.")],
     unlabelled: Annotated[
         str | None, typer.Option(help="The Parquet to label, as the task file shall have it.")
     ] = None,
-    target: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("task.yaml"),
+    out_file: Annotated[str, typer.Option("--out", help="Where to write.", metavar="TASK")] = "task.yaml",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a commented task file from what a Parquet file shows."""
     from pipeline.locations import write_atomically
     from pipeline.starter import starter_task
 
+    target = on_this_machine(out_file)
     if target.exists() and not force:
         raise InputError("the file is there already", where=str(target), fix="choose another --out, or --force")
-    text = starter_task(file, unlabelled, target.absolute().parent)
+    if is_url(file):
+        raise InputError("a draft is made from a file on this machine", where=file, fix="fetch it, or a part of it")
+    text = starter_task(Path(file), unlabelled, target.absolute().parent)
     with writing("the task file", target, "choose another --out"):
         write_atomically(target, text)
     say(f"wrote {escape(str(target))}; next: clozeline check {escape(str(target))}")
@@ -270,23 +275,28 @@ def init(
 @app.command()
 def preview(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Show the patterns on real rows: rendered text, token counts, how many texts are cut."""
-    from pipeline.preview import preview_task
+    from pipeline.preview import excerpt, preview_task, printable
     from pipeline.task import Task
 
-    rows, previews = preview_task(Task.load(task, overrides))
+    shown = preview_task(Task.load(task, overrides))
     if as_json:
-        print_json({"rows": rows, "patterns": [vars(found) for found in previews]})
+        patterns = [vars(found) for found in shown.patterns]
+        print_json({"rows": shown.rows, "blank": shown.blank, "patterns": patterns})
         return
-    for found in previews:
-        say(f"[bold]{escape(found.name)}[/]  {escape(found.pattern)}")
+    if not shown.rows:
+        blank = f"the first {shown.blank:,} rows of {shown.file} have no text" if shown.blank else ""
+        warn(f"{blank or f'{shown.file} has no row'}: there is nothing to show the patterns on")
+    for found in shown.patterns:
+        say(f"[bold]{escape(found.name)}[/]  {escape(printable(found.pattern))}")
         for example in found.examples:
-            say(f"  {escape(example)}")
+            out.print(Text(f"  {excerpt(example)}"), soft_wrap=True)  # as it stands: ":bug:" stays ":bug:"
         words = ", ".join(w if len(t) == 1 else f"{w} ({' '.join(t)})" for w, t in found.words.items())
-        say(f"  [dim]words:[/] {escape(words)}")
-        say(
-            f"  [dim]tokens:[/] {found.mean_tokens:.1f} on average, {found.max_tokens} at most; "
-            f"{percent(found.shortened)} of {rows:,} rows are cut"
-        )
+        say(f"  [dim]words:[/] {escape(printable(words))}")
+        if shown.rows:
+            say(
+                f"  [dim]tokens:[/] {found.mean_tokens:.1f} on average, {found.max_tokens} at most; "
+                f"{percent(found.shortened)} of {shown.rows:,} rows are cut"
+            )
 
 
 app.add_typer(cli_store.app, name="store")
@@ -310,7 +320,7 @@ def main() -> None:
             Settings()
         app(standalone_mode=True)
     except InputError as error:
-        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True, emoji=False)
         sys.exit(2)
     except SystemExit as end:
         if end.code != _STOPPED:
@@ -320,7 +330,7 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(_STOPPED)
     except ClozelineError as error:
-        err.print(f"[red]failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        err.print(f"[red]failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True, emoji=False)
         sys.exit(1)
 
 

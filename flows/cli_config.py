@@ -68,7 +68,11 @@ def config(as_json: AsJson = False) -> None:
         if variable not in {row["variable"] for row in rows} | _OF_THE_CLUSTER:
             [near] = difflib.get_close_matches(variable, [row["variable"] for row in rows], n=1, cutoff=0.0)
             warn(f"{variable} is no setting; the nearest is {near}", err)
-    table = Table("variable", "value", "default", "meaning", title="settings", title_justify="left")
+    table = Table(title="settings", title_justify="left")
+    # A name that is cut, or goes on in the next line, can't be looked for.
+    table.add_column("variable", no_wrap=True, min_width=max(len(row["variable"]) for row in rows))
+    for name in ("value", "default", "meaning"):
+        table.add_column(name, overflow="fold")
     for row in rows:
         meaning = row["description"] + (f" ({', '.join(row['choices'])})" if row["choices"] else "")
         value = "-" if row["value"] is None else escape(str(row["value"]))

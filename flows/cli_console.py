@@ -42,12 +42,12 @@ def on_this_machine(target: str) -> Path:
 
 def say(markup: str) -> None:
     """Print lines as they are: neither wrapped nor coloured by guessing."""
-    out.print(markup, highlight=False, soft_wrap=True)
+    out.print(markup, highlight=False, soft_wrap=True, emoji=False)
 
 
 def warn(text: str, console: Console = out) -> None:
     """Print a warning."""
-    console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True, emoji=False)
 
 
 def print_json(value: Any) -> None:

@@ -32,7 +32,7 @@ def _opened() -> tuple[Store, str]:
 
 
 def _when(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M}"
 
 
 @app.command()
@@ -43,7 +43,10 @@ def ls(as_json: AsJson = False) -> None:
     if as_json:
         print_json([vars(stored) for stored in artifacts])
         return
-    table = Table("stage", "key", "size", "files", "created (UTC)", "in use", title="artifacts", title_justify="left")
+    # Without a frame a row takes 80 columns: keys stay whole, each in one line.
+    table = Table(title="artifacts", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column, width in (("stage", 8), ("key", 32), ("size", 8), ("files", 5), ("created (UTC)", 16), ("in use", 6)):
+        table.add_column(column, no_wrap=True, min_width=width)
     for stored in artifacts:
         used = "yes" if stored.in_use else ""
         size, when = human_bytes(stored.bytes), _when(stored.created)
@@ -108,7 +111,9 @@ def gc(
 
 
 def _show(found: Collection) -> None:
-    table = Table("what", "number", "size", "why", title="collection", title_justify="left")
+    table = Table(title="collection", title_justify="left")
+    for column in ("what", "number", "size", "why"):
+        table.add_column(column, no_wrap=column == "what", overflow="fold")
 
     def add(what: str, why: str, sizes: Iterable[int]) -> None:
         sizes = list(sizes)

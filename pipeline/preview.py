@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,8 @@ from pipeline.template import Encoder, Template
 from pipeline.verbalizer import Verbalizer
 
 _ROWS = 1000
+_MOST_SHOWN = 600
+_JOINERS = "\u200c\u200d"  # part of emoji, and of how Persian is written
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,27 @@ class PatternPreview:
     shortened: float
 
 
-def preview_task(task: Task, examples: int = 2) -> tuple[int, list[PatternPreview]]:
+@dataclass(frozen=True)
+class Preview:
+    """The patterns on the first rows of a file.
+
+    Attributes:
+        file: its path or URL.
+        rows: how many rows with text were looked at.
+        blank: how many rows without.
+        patterns: a preview each.
+    """
+
+    file: str
+    rows: int
+    blank: int
+    patterns: list[PatternPreview]
+
+
+def preview_task(task: Task, examples: int = 2) -> Preview:
     """Render and encode the first rows of the first unlabelled file with every pattern.
 
-    Returns:
-        The number of rows looked at, and a preview a pattern.
+    Rows without text are left out, as a run leaves them out or refuses them.
 
     Raises:
         InputError: the file, a pattern or a label word can't be used.
@@ -54,11 +74,11 @@ def preview_task(task: Task, examples: int = 2) -> tuple[int, list[PatternPrevie
     parquet = tables.open_parquet(file)
     tables.check_columns(parquet, ColumnRoles(tuple(task.inputs.text)), str(file))
     batch = tables.first_rows(parquet, task.inputs.text, str(file), _ROWS)
-    columns = {
-        name: [] if batch is None else [text or "" for text in tables.as_strings(batch.column(name)).to_pylist()]
-        for name in task.inputs.text
-    }
-    rows = len(columns[task.inputs.text[0]])
+    read = [[] if batch is None else tables.as_strings(batch.column(name)).to_pylist() for name in task.inputs.text]
+    found = [[text or "" for text in row] for row in zip(*read, strict=True)]
+    shown = [row for row in found if any(text.strip() for text in row)]
+    columns = {name: [row[i] for row in shown] for i, name in enumerate(task.inputs.text)}
+    rows = len(shown)
     previews = []
     for name, annotator, seed in task.members():
         if seed:
@@ -78,4 +98,40 @@ def preview_task(task: Task, examples: int = 2) -> tuple[int, list[PatternPrevie
                 name, annotator.pattern, rendered, words, float(lengths.mean()), int(lengths.max()), shortened
             )
         )
-    return rows, previews
+    return Preview(task.source_of(file), rows, len(found) - rows, previews)
+
+
+def printable(text: str) -> str:
+    """A text that does nothing to a terminal: characters that are no sign of their own are spelled out.
+
+    >>> print(printable("\\x1b[31mred\\n"))
+    \\x1b[31mred\\n
+    """
+    return "".join(_spelled(text))
+
+
+def excerpt(text: str) -> str:
+    """A text for the terminal: printable, and with its two ends alone where it is long."""
+    whole = _within(_spelled(text), _MOST_SHOWN)
+    if len(whole) == len(text):
+        return "".join(whole)
+    begins, ends = (_within(_spelled(part), _MOST_SHOWN // 2) for part in (text, reversed(text)))
+    return f"{''.join(begins)} … {''.join(reversed(ends))}"
+
+
+def _spelled(text: Iterable[str]) -> Iterable[str]:
+    """Each character of a text, or how it is written in Python."""
+    for char in text:
+        hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in _JOINERS
+        yield ascii(char)[1:-1] if hidden else char
+
+
+def _within(pieces: Iterable[str], room: int) -> list[str]:
+    """The first pieces that take no more than so many characters."""
+    kept = []
+    for piece in pieces:
+        room -= len(piece)
+        if room < 0:
+            break
+        kept.append(piece)
+    return kept

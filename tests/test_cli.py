@@ -100,6 +100,18 @@ def test_config_tells_the_server_in_force_and_masks_credentials(environment: dic
     assert "CLOZELINE_PORT" not in told  # a setting of the cluster script
 
 
+def test_names_and_keys_are_whole_and_in_one_line_on_80_columns(store: Store, environment: dict[str, str]) -> None:
+    with store.using([build(store, "annotate", "a" * 32, 999_900), build(store, "fit", "b" * 32, 10)], {}):
+        narrow = {**environment, "COLUMNS": "80", "CLOZELINE_RAY_ADDRESS": f"ray://{'x' * 60}:1"}
+        settings, artifacts = (clozeline(narrow, *command).stdout for command in (["config"], ["store", "ls"]))
+    assert all(f"CLOZELINE_{name.upper()} " in settings for name in Settings.model_fields)
+    assert "x" * 60 in "".join(line.split("│")[2].strip() for line in settings.splitlines() if line.count("│") == 5)
+    rows = {line.split()[1]: line for line in artifacts.splitlines() if line.startswith(("annotate", "fit"))}
+    assert list(rows) == ["a" * 32, "b" * 32]
+    assert all(row.rstrip().endswith("yes") for row in rows.values())
+    assert "…" not in settings + artifacts
+
+
 @pytest.mark.parametrize("command", [["config"], ["run", "no.yaml"], ["store", "gc"], ["init", "no.parquet"]])
 def test_a_wrong_value_of_a_variable_is_the_users_error_in_every_command(
     environment: dict[str, str], command: list[str]
@@ -175,6 +187,65 @@ def test_an_unknown_engine_is_refused_with_the_known_ones(environment: dict[str,
     assert all(engine in done.stderr for engine in ENGINES)
 
 
+def previewed(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], task: Path, texts: list[str | None]) -> str:
+    """What `preview` prints of a task's patterns on these texts."""
+    path = task.parent / "unlabelled.parquet"
+    pq.write_table(pa.table({"key": [str(i) for i in range(len(texts))], "text": pa.array(texts, pa.string())}), path)
+    arguments = ("preview", str(task), "--set", "inputs.carry=[]")
+    full = json.loads(in_process(monkeypatch, environment, *arguments, "--json"))
+    given = [text for text in texts if text and text.strip()]
+    assert (full["rows"], full["blank"]) == (len(given), len(texts) - len(given))
+    assert [found["examples"][: len(given)] for found in full["patterns"]] == [
+        [f"{text} It was [MASK]." for text in given[:2]],
+        [f"[MASK]: {text}" for text in given[:2]],
+    ]
+    return in_process(monkeypatch, environment, *arguments)
+
+
+def test_preview_spells_out_control_characters(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], tiny_task: Callable[..., Path]
+) -> None:
+    text = "good \x1b]0;title\x07\x1b[31m\n\x9b2J \u202ebad\u2028 \U0001f469\u200d\U0001f680 caf\xe9 [red]:bug:\\"
+    told = previewed(monkeypatch, environment, tiny_task(), [text])
+    escaped = r"good \x1b]0;title\x07\x1b[31m\n\x9b2J \u202ebad\u2028"
+    assert f"  {escaped} \U0001f469\u200d\U0001f680 caf\xe9 [red]:bug:\\ It was [MASK].\n" in told
+
+
+@pytest.mark.parametrize("text", ["start " + "x" * 3_000_000 + " end", "start " + "\x1b" * 5000 + " end"])
+def test_preview_shows_the_two_ends_of_a_long_text(
+    text: str, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], tiny_task: Callable[..., Path]
+) -> None:
+    lines = previewed(monkeypatch, environment, tiny_task(), [text]).splitlines()
+    first, second = (line for line in lines if "start" in line)
+    assert first.startswith("  start ")
+    assert first.endswith(" end It was [MASK].")
+    assert second.startswith("  [MASK]: start ")
+    assert second.endswith(" end")
+    assert all(550 < len(line) < 610 and line.count("…") == 1 for line in (first, second))
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"), [([], "unlabelled.parquet has no row"), ([None, " "], "unlabelled.parquet have no text")]
+)
+def test_preview_says_that_there_is_no_text_to_show(
+    texts: list[str | None],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    tiny_task: Callable[..., Path],
+) -> None:
+    told = previewed(monkeypatch, environment, tiny_task(), texts)
+    assert message in told
+    assert "words:" in told
+    assert "are cut" not in told
+
+
+def test_preview_leaves_rows_without_text_out(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], tiny_task: Callable[..., Path]
+) -> None:
+    assert "of 2 rows are cut" in previewed(monkeypatch, environment, tiny_task(), [None, "good", "", "bad"])
+
+
 @pytest.mark.prefect
 def test_a_run_tells_at_once_that_its_server_is_away(
     environment: dict[str, str], tiny_task: Callable[..., Path]
@@ -195,10 +266,12 @@ def test_what_is_written_to_this_machine_alone_is_no_url(
     for arguments in (
         ("predict", "releases", "in.parquet", "s3://bucket/out.parquet"),
         ("adapt", str(tiny_task()), "--set", "adapt.steps=1", "--out", "s3://bucket/model"),
+        ("init", "in.parquet", "--out", "s3://bucket/task.yaml"),
     ):
         done = clozeline(environment, *arguments)
         assert done.returncode == 2
         assert "written to this machine alone" in done.stderr
+    assert "from a file on this machine" in clozeline(environment, "init", "s3://bucket/in.parquet").stderr
 
 
 def test_predict_replaces_a_file_when_told_to_alone(environment: dict[str, str], tmp_path: Path) -> None:
