@@ -19,7 +19,7 @@ from pipeline.progress import Progress, part_of
 from pipeline.settings import Settings
 from pipeline.student import SETTINGS, Student, sound
 from pipeline.tables import ColumnRoles
-from pipeline.versions import version_in_force
+from pipeline.versions import version_in_force, whole_versions
 
 ADDED = ("predicted", "predicted_name", "predicted_confidence", "predicted_probs")
 
@@ -35,6 +35,12 @@ def find_student(path: Path | str) -> Path:
     """
     here = locations.local_path(path)
     found = _remote_student(str(path)) if here is None else _local_student(here)
+    if found is None and (versions := list(whole_versions(path))):
+        raise InputError(
+            "no version of this release is in force",
+            where=str(path),
+            fix=f"put one in force: clozeline promote {path} {versions[-1]}",
+        )
     if found is None:
         raise InputError(
             "this is neither a release nor a student",

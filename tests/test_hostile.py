@@ -537,7 +537,7 @@ def test_latest_that_leads_elsewhere_counts_for_nothing(latest: str, run: Run) -
     (run.out / "LATEST").write_bytes(latest.encode("utf-8", "surrogateescape"))
     assert version_in_force(run.out) is None
     assert latest_manifest(run.out) is None
-    with pytest.raises(InputError, match="neither a release nor a student"):
+    with pytest.raises(InputError, match="no version of this release is in force"):
         find_student(run.out)
 
 

@@ -287,6 +287,9 @@ def test_predict_gives_the_releases_labels(run: Run, tmp_path: Path) -> None:
         predict_file(tmp_path, source, target)
     with pytest.raises(InputError, match="has a column 'predicted' already"):
         predict_file(run.out, target, tmp_path / "again.parquet")
+    (run.out / "LATEST").unlink()
+    with pytest.raises(InputError, match=f"no version of this release is in force(?s:.*)promote .* {run.version.name}"):
+        predict_file(run.out, source, tmp_path / "again.parquet")
 
 
 def test_predict_never_overwrites_what_it_reads_and_gives_rows_without_text_no_label(run: Run, tmp_path: Path) -> None:
