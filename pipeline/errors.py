@@ -98,7 +98,7 @@ def loading(what: str, where: str | Path, fix: str) -> Iterator[None]:
     except (ClozelineError, MemoryError):
         raise
     except RuntimeError as error:
-        if "size mismatch" not in str(error):  # what else torch says so is about memory and devices
+        if "mismatch" not in str(error):  # of sizes; what else torch says so is about memory and devices
             raise
         raise InputError(f"can't load {what}: {_brief(error)}", where=str(where), fix=fix) from error
     except Exception as error:

@@ -132,6 +132,7 @@ def test_a_model_without_a_tokenizer_is_refused(copy: Callable[[str], Path]) -> 
             "config.json",
             b'{"model_type": "bert", "architectures": ["BertForMaskedLM"], "max_position_embeddings": "x"}',
         ),
+        ("config.json", b'{"model_type": "bert", "num_hidden_layers": 1, "vocab_size": 99, "intermediate_size": 64}'),
     ],
 )
 def test_a_model_that_can_not_be_loaded_is_told_with_its_directory_by_check(
