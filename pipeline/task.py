@@ -444,15 +444,19 @@ class Task(Section):
         return list(found)
 
     def _matches(self, given: str) -> list[str]:
+        def below(root: str) -> str:
+            if locations.is_url(given) or Path(given).is_absolute():
+                return given
+            return locations.join(root, given) if self.base_url else os.path.join(root, given)
+
+        root = self.base_url or str(self.root)
+        file = locations.local_path(below(root))
+        if file is not None and file.is_file():  # whose name may have brackets
+            return [str(file)]
         # The pattern alone is a glob: the task's own directory may have brackets in its name.
-        where = given
-        if not locations.is_url(given) and not Path(given).is_absolute():
-            root = glob.escape(self.base_url or str(self.root))
-            where = locations.join(root, given) if self.base_url else os.path.join(root, given)
+        where = below(glob.escape(root))
         here = locations.local_path(where)
         if here is not None:
-            if given and not locations.is_url(given) and (literal := self.root / given).is_file():
-                return [str(literal)]  # whose name may have brackets
             return [str(Path(match)) for match in sorted(glob.glob(str(here), recursive=True))]
         single = where.startswith(("http://", "https://")) or not glob.has_magic(given)
         return [self.locate(given)] if single else locations.matches(where)

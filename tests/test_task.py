@@ -107,6 +107,17 @@ def test_a_file_may_have_brackets_in_its_name(write: Callable[..., Path]) -> Non
     assert [file.name for file in task.matched_files()] == ["pool [1].parquet"]
 
 
+def test_files_are_looked_for_beside_the_task_wherever_the_command_is_given(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write()
+    for folder in (path.parent, tmp_path):
+        (folder / "rows.parquet").touch()
+    monkeypatch.chdir(tmp_path)
+    for location in (str(path), path.as_uri()):
+        assert Task.load(location).matched_files() == [path.parent / "rows.parquet"]
+
+
 def test_an_unknown_key_inside_inputs_and_in_an_annotator_is_found(write: Callable[..., Path]) -> None:
     path = write("""\
         labels: {good: great, bad: awful}
