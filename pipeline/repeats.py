@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.ragged import Numbers
+
 Hashes = npt.NDArray[np.uint64]
-Numbers = npt.NDArray[np.int64]
 _CHUNK = 1_000_000  # rows looked at together: some tens of megabytes
 
 
