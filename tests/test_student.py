@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.annotators import Labelled
 from pipeline.errors import InputError
-from pipeline.student import Student, distill
+from pipeline.student import SETTINGS, Student, distill
 from pipeline.tables import Floats
 from tests.conftest import BAD, GOOD, POSITIONS, sentence
 
@@ -182,6 +182,9 @@ def test_what_is_no_student_is_refused(tmp_path: Path, tiny_model: Path, profile
     for path in (tmp_path, tiny_model, tmp_path / "nowhere"):
         with pytest.raises(InputError, match="neither a release nor a student"):
             Student.load(path, profile)
+    (tmp_path / SETTINGS).write_text("{")
+    with pytest.raises(InputError, match="can't load the student"):
+        Student.load(tmp_path, profile)
 
 
 def test_a_student_never_reads_more_than_its_base_model_can(base: Any, profile: Profile) -> None:
