@@ -77,8 +77,7 @@ from scipy import stats
 from pipeline import tables
 from pipeline.annotators import Labelled, Texts, method
 from pipeline.annotators.pet import prior_strength, shares_shift
-from pipeline.base_model import BaseModel, resolve_base_model
-from pipeline.cloze import load_tokenizer
+from pipeline.base_model import BaseModel, load_tokenizer, resolve_base_model
 from pipeline.device import numeric_profile
 from pipeline.ensemble import blend, smoothed_shares, soft_labels
 from pipeline.errors import ClozelineError, InputError

@@ -181,6 +181,10 @@ def _dry_run(task: str, overrides: list[str], out_dir: str | None, as_json: bool
     say(f"{len(missing)} of {len(rows)} stages to do, about {human_seconds(total)} ({device})")
 
 
+def _counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count:,} {noun}{'' if count == 1 else plural}"
+
+
 @app.command()
 def check(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Tell every mistake in a task before any model runs, and the estimated work."""
@@ -210,8 +214,10 @@ def check(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) ->
     say(f"{escape(loaded.name)} is fine.")
     generations = f" in {1 + loaded.ipet.generations} generations" if loaded.ipet.generations else ""
     say(
-        f"{plan.rows:,} rows to label, about {round(plan.tokens):,} tokens; {estimate['annotators']} annotators"
-        f"{generations} ({estimate['fits']} fits with cross-validation), {estimate['model_passes']} scoring passes;\n"
+        f"{_counted(plan.rows, 'row')} to label, about {round(plan.tokens):,} tokens; "
+        f"{_counted(estimate['annotators'], 'annotator')}{generations} "
+        f"({_counted(estimate['fits'], 'fit')} with cross-validation), "
+        f"{_counted(estimate['model_passes'], 'scoring pass', 'es')};\n"
         f"about {estimate['teraflops']} TFLOP, {human_seconds(estimate['device_hours'] * 3600)} on "
         f"{plan.profile['device']} in {plan.profile['dtype']}."
     )

@@ -31,9 +31,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from pipeline.base_model import BaseModel
+from pipeline.base_model import BaseModel, load_tokenizer
 from pipeline.batching import by_length, pad, steps_by_length
-from pipeline.cloze import ClozeModel, load_tokenizer
+from pipeline.cloze import ClozeModel
 from pipeline.errors import InputError, writing
 from pipeline.masking import Masked, inside_words, mask
 from pipeline.precision import attention_for, silent_loading

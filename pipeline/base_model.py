@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, loading
 from pipeline.store import sha256_of
 
 EMBEDDED = "embedded"
@@ -143,3 +143,15 @@ def _download(name: str) -> Path:
             where=f"base_model: {name}",
             fix="check name, revision and network, or give a local directory",
         ) from None
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The fast tokenizer of a model directory.
+
+    Raises:
+        InputError: it can't be loaded.
+    """
+    from transformers import AutoTokenizer  # takes half a second
+
+    with loading("the tokenizer", path, WHOLE):
+        return AutoTokenizer.from_pretrained(path, use_fast=True)

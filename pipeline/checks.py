@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline import tables
-from pipeline.base_model import EMBEDDED, WHOLE, BaseModel
-from pipeline.errors import InputError, loading
+from pipeline.base_model import EMBEDDED, BaseModel, load_tokenizer
+from pipeline.errors import InputError
 from pipeline.locations import local_path
 from pipeline.release import OWN_COLUMNS
 from pipeline.settings import Settings
@@ -91,11 +91,8 @@ def _existing(path: Path) -> Path:
 
 def _patterns(task: Task, base: BaseModel, problems: list[InputError], warnings: list[str]) -> None:
     """Label words and pattern lengths, against the tokenizer."""
-    from transformers import AutoTokenizer
-
     try:
-        with loading("the tokenizer", base.path, WHOLE):
-            tokenizer = AutoTokenizer.from_pretrained(base.path)
+        tokenizer = load_tokenizer(base.path)
     except InputError as error:
         problems.append(error)
         return
@@ -225,7 +222,7 @@ def _files(task: Task, problems: list[InputError], warnings: list[str]) -> None:
             found = tables.label_names_in(parquet, inputs.label, str(path))
             unknown = {name: row for name, row in found.items() if name not in task.labels}
             if unknown:
-                told = [f"row {row} has {_label(name)}" for name, row in list(unknown.items())[:5]]
+                told = [f"row {row} has {tables.unknown_label(name)}" for name, row in list(unknown.items())[:5]]
                 problems.append(
                     InputError(
                         ", ".join(told) + (", ..." if len(unknown) > 5 else ""),
@@ -241,10 +238,6 @@ def _files(task: Task, problems: list[InputError], warnings: list[str]) -> None:
     if inputs.labelled is None:
         used = "teach the first generation as they are" if task.ipet.generations else "are used as they are"
         warnings.append(f"no labelled rows: the annotators {used} (zero-shot)")
-
-
-def _label(name: str | None) -> str:
-    return "no label" if name is None else f"the unknown label {name!r}"
 
 
 def _labelled_file(task: Task) -> list[Path]:

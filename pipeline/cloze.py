@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM
 
 from pipeline.base_model import WHOLE
 from pipeline.batching import by_length, pad
@@ -368,16 +368,6 @@ class WordScorer:
             logits = self.label_logits(torch.from_numpy(scores).to(self.model.device))
             result: Floats = logits.log_softmax(-1).cpu().numpy()
         return result
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The fast tokenizer of a model directory.
-
-    Raises:
-        InputError: it can't be loaded.
-    """
-    with loading("the tokenizer", path, WHOLE):
-        return AutoTokenizer.from_pretrained(path, use_fast=True)
 
 
 def stack_words(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], words: int) -> torch.Tensor:

@@ -6,7 +6,8 @@ artifacts stay as they are when another file joins them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,21 +58,22 @@ def prepare_rows(
     What grows with the rows lies in nameless files below ``out`` while this runs: 24 bytes a row.
     """
     offsets = offsets_of([rows.count for rows in shards])
+    pool = int(offsets[-1])
+    read = partial(told, progress=progress, total=2 * pool)
     if given_ids:
-        _refuse_repeated_ids(shards, names, out, progress)
+        _refuse_repeated_ids(shards, names, out, read)
         tables.write_table(out / "renames.parquet", _RENAMES.empty_table())
         renamed = 0
     else:
-        renamed = _write_renames(shards, offsets, out, progress)
+        renamed = _write_renames(shards, offsets, out, read)
     known = {name: np.unique(hashes_of_hex(rows.read(["content_hash"]).column(0))) for name, rows in sets.items()}
     if forgotten:
         known["forgotten"] = hashes_of_hex(pa.array(forgotten, pa.string()))
     counts = {f"{name}_in_pool": 0 for name in known}
-    pool = int(offsets[-1])
     with tables.parquet_writer(out / "excluded.parquet", _EXCLUDED) as writer:
         for number, rows in enumerate(shards):
             start = 0
-            for hashes in told(rows.content_hashes(), progress, 2 * pool, pool + int(offsets[number])):
+            for hashes in read(rows.content_hashes(), start=pool + int(offsets[number])):
                 left_out = np.zeros(len(hashes), dtype=np.bool_)
                 for name, contents in known.items():
                     mine = np.isin(hashes, contents)
@@ -94,10 +96,10 @@ def prepare_rows(
     return {"rows": pool, "renamed": renamed, "labelled_in_test": overlap, **counts}
 
 
-def _write_renames(shards: Sequence[Rows], offsets: Numbers, out: Path, progress: Progress) -> int:
+def _write_renames(shards: Sequence[Rows], offsets: Numbers, out: Path, read: Callable[..., Iterator[Any]]) -> int:
     """New ids for rows whose text an earlier file holds too: the occurrence counter goes on across files."""
     every = (hashes for rows in shards for hashes in rows.content_hashes())
-    contents = gather(told(every, progress, 2 * int(offsets[-1])), out)
+    contents = gather(read(every), out)
     overall = find_repeats(contents, out)
     renamed = 0
     with tables.parquet_writer(out / "renames.parquet", _RENAMES) as writer:
@@ -117,10 +119,11 @@ def _write_renames(shards: Sequence[Rows], offsets: Numbers, out: Path, progress
     return renamed
 
 
-def _refuse_repeated_ids(shards: Sequence[Rows], names: Sequence[str], out: Path, progress: Progress) -> None:
+def _refuse_repeated_ids(
+    shards: Sequence[Rows], names: Sequence[str], out: Path, read: Callable[..., Iterator[Any]]
+) -> None:
     ids = (batch.column(0).to_pylist() for rows in shards for batch in rows.batches(["row_id"]))
-    every = told(ids, progress, 2 * sum(rows.count for rows in shards))
-    found = find_repeats(gather(map(hashes_of_texts, every), out), out)
+    found = find_repeats(gather(map(hashes_of_texts, read(ids)), out), out)
     if not found.groups:
         return
     seen: dict[str, int] = {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline import tables
-from pipeline.cloze import load_tokenizer
+from pipeline.base_model import load_tokenizer
 from pipeline.tables import ColumnRoles
 from pipeline.task import Task
 from pipeline.template import Encoder, Template

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,13 @@ def find_repeats(hashes: Hashes, folder: Path) -> Repeats:
     ranges, groups, repeated = max(-(-len(hashes) // _CHUNK), 1), 0, 0
     for number in range(ranges):
         # Distinct hashes spread evenly, so that a range is one piece unless some hash comes again and again.
-        start = list(islice(_pieces(hashes, number, ranges), 2))
-        whole = start if len(start) == 1 else None
-        distinct, counts = _counted(hashes, whole or _pieces(hashes, number, ranges))
+        pieces = _pieces(hashes, number, ranges)
+        first = list(islice(pieces, 2))
+        distinct, counts = _counted(hashes, chain(first, pieces))
         several = counts > 1
         numbers = np.where(several, groups + np.cumsum(several) - 1, -1)
         before = np.zeros(len(distinct), dtype=np.int64)
-        for at in whole or _pieces(hashes, number, ranges):
+        for at in first if len(first) < 2 else _pieces(hashes, number, ranges):
             mine = hashes[at]
             order = np.argsort(mine, kind="stable")
             at, mine = at[order], mine[order]

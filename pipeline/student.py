@@ -20,9 +20,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.annotators import Labelled, Texts
-from pipeline.base_model import BaseModel
+from pipeline.base_model import BaseModel, load_tokenizer
 from pipeline.batching import by_length, pad, split_by_length
-from pipeline.cloze import load_tokenizer
 from pipeline.errors import InputError, loading
 from pipeline.last_layer import LastLayer, shorten, trial_rows
 from pipeline.precision import attention_for, exact_outputs, scoring, training_numbers

@@ -415,6 +415,15 @@ def label_names_in(file: pq.ParquetFile, label: str, where: str) -> dict[str | N
     return found
 
 
+def unknown_label(label: str | None) -> str:
+    """What is said of a label that is none of the task's.
+
+    >>> unknown_label("spam"), unknown_label(None)
+    ("the unknown label 'spam'", 'no label')
+    """
+    return "no label" if label is None else f"the unknown label {label!r}"
+
+
 def _label_numbers(
     given: list[str | None], names: Sequence[str], numbers: npt.NDArray[np.int64], where: str
 ) -> pa.Array:
@@ -422,7 +431,7 @@ def _label_numbers(
     for label, number in zip(given, numbers, strict=True):
         if label not in index:
             raise InputError(
-                f"row {number} has the unknown label {label!r}" if label is not None else f"row {number} has no label",
+                f"row {number} has {unknown_label(label)}",
                 where=where,
                 fix=f"the task's labels are: {', '.join(names)}",
             )

@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 from flows.cli import app
 from pipeline import batching
 from pipeline.adapt import Adapting, Curve
-from pipeline.base_model import BaseModel, resolve_base_model
-from pipeline.cloze import ClozeModel, load_tokenizer
+from pipeline.base_model import BaseModel, load_tokenizer, resolve_base_model
+from pipeline.cloze import ClozeModel
 from pipeline.errors import InputError, StoreDamaged
 from pipeline.masking import inside_words, mask
 from pipeline.stages import checkpoints_of, run_stage

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from pipeline.base_model import load_tokenizer
 from pipeline.batching import pad
-from pipeline.cloze import ClozeModel, WordScorer, load_tokenizer, stack_words
+from pipeline.cloze import ClozeModel, WordScorer, stack_words
 from pipeline.errors import InputError
 from pipeline.ragged import Ragged
 from pipeline.template import Encoded, Encoder, Template

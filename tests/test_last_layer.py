@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from pipeline.base_model import BaseModel
-from pipeline.cloze import ClozeModel, load_tokenizer
+from pipeline.base_model import BaseModel, load_tokenizer
+from pipeline.cloze import ClozeModel
 from pipeline.last_layer import LastLayer, rectangle, shorten
 from pipeline.ragged import Ragged
 from pipeline.student import Student, distill

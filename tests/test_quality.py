@@ -281,7 +281,7 @@ def test_the_table_has_means_and_spreads(quality: Any) -> None:
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "tasks").glob("*.yaml")), ids=lambda path: path.stem)
 def test_task_files_have_words_of_one_token(path: Path) -> None:
-    from pipeline.cloze import load_tokenizer
+    from pipeline.base_model import load_tokenizer
 
     task = Task.load(path)
     base = resolve_base_model(task.base_model)
@@ -294,7 +294,7 @@ def test_task_files_have_words_of_one_token(path: Path) -> None:
 
 def test_label_words_have_the_same_tokens_whatever_the_tokenizer_file_says() -> None:
     """The embedded tokenizer's file asks for padding to 128 tokens."""
-    from pipeline.cloze import load_tokenizer
+    from pipeline.base_model import load_tokenizer
 
     tokenizer = load_tokenizer(resolve_base_model("embedded").path)
     assert Verbalizer.resolve({"good": ["great"], "bad": ["terrible"]}, tokenizer).widths == [1]

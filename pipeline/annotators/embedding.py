@@ -13,9 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel
 
 from pipeline.annotators import Annotator, Labelled, Texts
-from pipeline.base_model import BaseModel
+from pipeline.base_model import BaseModel, load_tokenizer
 from pipeline.batching import by_length, pad
-from pipeline.cloze import load_tokenizer
 from pipeline.precision import scoring
 from pipeline.progress import Progress
 from pipeline.tables import Floats

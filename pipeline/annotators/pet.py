@@ -16,9 +16,9 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.annotators import Annotator, Labelled, Texts
-from pipeline.base_model import BaseModel
+from pipeline.base_model import BaseModel, load_tokenizer
 from pipeline.batching import pad, split_by_length
-from pipeline.cloze import ClozeModel, WordScorer, load_tokenizer, stack_words
+from pipeline.cloze import ClozeModel, WordScorer, stack_words
 from pipeline.ensemble import Doubles, prior_shift, smoothed_shares
 from pipeline.masking import mask
 from pipeline.progress import Progress
