@@ -11,7 +11,9 @@
 #   CLOZELINE_PORT            the server's port; by default 4200
 #   CLOZELINE_SERVER_HOST     the server's address; by default 127.0.0.1. Any that others can reach needs a password:
 #   PREFECT_SERVER_API_AUTH_STRING   user:password
-#   CLOZELINE_DATABASE_URL    postgresql+asyncpg://user:password@host:port/database; by default SQLite
+#   CLOZELINE_DATABASE_URL    postgresql+asyncpg://user:password@host:port/database, or sqlite+aiosqlite:///path; by default
+#                             SQLite in PREFECT_HOME
+#   PREFECT_HOME              where Prefect keeps what is its own; by default below CLOZELINE_HOME/.clozeline/cluster
 #   CLOZELINE_SILENCE         seconds without heartbeats after which a run is taken for dead; by default 300
 #   CUDA_VISIBLE_DEVICES      the GPUs to use; by default all
 set -euo pipefail
@@ -358,7 +360,7 @@ $(for name in "${OWN[@]}"; do echo "$name=${!name}"; done)
 # systemctl daemon-reload
 # systemctl enable --now clozeline-server clozeline-cpu-worker
 # systemctl enable --now clozeline-gpu-worker@0 clozeline-gpu-worker@1    # one for each GPU
-# once, and after each update: PREFECT_API_URL=$PREFECT_API_URL $BIN/python $PROJECT/deploy/configure.py --gpus 2
+# once, and after each update: PREFECT_API_URL=$PREFECT_API_URL $BIN/python $PROJECT/deploy/configure.py --gpus 2${CLOZELINE_SILENCE:+ --silence $CLOZELINE_SILENCE}
 TEXT
 }
 
@@ -371,7 +373,7 @@ kubectl --namespace clozeline create secret generic clozeline --from-literal=PRE
 pip install prefect-kubernetes
 export PREFECT_API_URL=http://SERVER:$PORT/api PREFECT_API_AUTH_STRING=user:password
 prefect work-pool create gpu --type kubernetes --base-job-template $PROJECT/deploy/kubernetes/gpu-base-job-template.json
-$BIN/python $PROJECT/deploy/configure.py --gpus GPUS-OF-THE-CLUSTER
+$BIN/python $PROJECT/deploy/configure.py --gpus GPUS-OF-THE-CLUSTER${CLOZELINE_SILENCE:+ --silence $CLOZELINE_SILENCE}
 prefect worker start --pool gpu --type kubernetes    # anywhere that kubectl works; no GPU needed
 TEXT
 }

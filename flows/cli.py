@@ -187,7 +187,7 @@ def _counted(count: int, noun: str, plural: str = "s") -> str:
 
 @app.command()
 def check(task: TaskFile, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """Tell every mistake in a task before any model runs, and the estimated work."""
+    """Tell what is wrong with a task, its files, labels and words before anything runs, and the estimated work."""
     from pipeline.checks import check_task
     from pipeline.plan import build_plan
     from pipeline.task import Task

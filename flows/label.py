@@ -86,7 +86,7 @@ def label(
         that were executed and the seconds of each.
 
     Raises:
-        InputError: the task or its data is wrong; nothing was run.
+        InputError: the task or its data is wrong, which is mostly told before anything is run; or a disk is full.
         VersionHeld: all is done, and the version looks worse than the one in force, which stays.
     """
     end_with_worker()

@@ -17,16 +17,15 @@ SHRINKAGE = 50.0
 Doubles = npt.NDArray[np.float64]
 
 
-def shrunk_weights(accuracies: Sequence[float | None], rows: int, shrinkage: float = SHRINKAGE) -> Doubles:
+def shrunk_weights(accuracies: Sequence[float | None], rows: int) -> Doubles:
     """Weights from cross-validated accuracies, shrunk to uniform: w = (n * acc + m * mean) / (n + m).
 
     With a handful of rows an accuracy has a standard error of ten points and more, so the mean pulls with the
-    weight of m rows.
+    weight of m (`SHRINKAGE`) rows.
 
     Args:
         accuracies: one an annotator; None where there was no cross-validation.
         rows: n, the labelled rows behind them.
-        shrinkage: m.
 
     Returns:
         float64 ``[annotators]``, summing to one; uniform if any accuracy is missing or all are zero.
@@ -38,7 +37,7 @@ def shrunk_weights(accuracies: Sequence[float | None], rows: int, shrinkage: flo
     if len(known) < len(accuracies) or sum(known) == 0:
         return np.full(len(accuracies), 1 / len(accuracies))
     values = np.asarray(known, dtype=np.float64)
-    weights = (rows * values + shrinkage * values.mean()) / (rows + shrinkage)
+    weights = (rows * values + SHRINKAGE * values.mean()) / (rows + SHRINKAGE)
     return np.asarray(weights / weights.sum(), dtype=np.float64)
 
 

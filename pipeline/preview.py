@@ -16,6 +16,7 @@ from pipeline.template import Encoder, Template
 from pipeline.verbalizer import Verbalizer
 
 _ROWS = 1000
+_EXAMPLES = 2
 _MOST_SHOWN = 600
 _JOINERS = "\u200c\u200d"  # part of emoji, and of how Persian is written
 
@@ -58,7 +59,7 @@ class Preview:
     patterns: list[PatternPreview]
 
 
-def preview_task(task: Task, examples: int = 2) -> Preview:
+def preview_task(task: Task) -> Preview:
     """Render and encode the first rows of the first unlabelled file with every pattern.
 
     Rows without text are left out, as a run leaves them out or refuses them.
@@ -89,7 +90,7 @@ def preview_task(task: Task, examples: int = 2) -> Preview:
         lengths = encoded.tokens.lengths if rows else np.zeros(1)
         rendered = [
             template.render({column: columns[column][i] for column in template.columns}, tokenizer.mask_token)
-            for i in range(min(examples, rows))
+            for i in range(min(_EXAMPLES, rows))
         ]
         words = {word.text: tokenizer.convert_ids_to_tokens(list(word.ids)) for word in verbalizer.words}
         shortened = float(encoded.shortened.mean()) if rows else 0.0

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from pipeline.ragged import Numbers
 from pipeline.tables import Floats
 
+# A release's vocabulary; what gives "auto" and "audit" is to come, and a name added then would change the schema.
 ROUTES = ["review", "auto", "audit", "train", "rest"]
 # The student's margin picks this many times the budget; the annotators then score just those, and margin and
 # disagreement together pick the budget's rows among them.

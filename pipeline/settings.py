@@ -1,12 +1,13 @@
 """Where things are kept and run, from environment variables that begin with ``CLOZELINE_``.
 
-None of them changes a byte of a result: they say where and by whom work is done, a task file says what it is.
+They say where and by whom work is done, a task file says what it is. None changes a byte of a result but the kind of
+device, which is part of every key, and a bound on memory: half batches may change the last bits.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -15,7 +16,6 @@ from pipeline.errors import InputError
 from pipeline.locations import masked, refuse_credentials
 
 EngineName = Literal["local", "pool", "ray", "dask"]
-ENGINES: tuple[str, ...] = get_args(EngineName)
 
 
 class Settings(BaseSettings):

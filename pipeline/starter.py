@@ -250,7 +250,8 @@ def _task_text(
         label += f"\n  # {_quoted(name)} is not taken for the label: {_in_comment(why)}"
     seen = ", ".join(map(_in_comment, columns))
     return f"""# A Clozeline task, drafted from {_in_comment(file.name)} (columns: {seen}).
-# Paths are relative to this file. `clozeline check` tells every mistake, `clozeline preview` shows the patterns.
+# Paths are relative to this file. `clozeline check` tells mistakes, `clozeline preview` shows the patterns,
+# docs/task-file.md lists every key.
 
 labels:                          # each label with the words that may stand in the slot; one token each is fastest
 {words}

@@ -223,13 +223,10 @@ QUARANTINE_SCHEMA = pa.schema([("row", pa.int64()), ("reason", pa.string()), ("t
 
 @dataclass
 class Ingested:
-    """What `ingest` found in a file: counts for the report."""
+    """What `ingest` found in a file."""
 
     rows: int = 0
     quarantined: int = 0
-    repeated: int = 0
-    characters: int = 0
-    non_ascii: int = 0
 
 
 def ingest(
@@ -239,7 +236,6 @@ def ingest(
     *,
     label_names: Sequence[str] | None = None,
     quarantine: bool = False,
-    name: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Ingested:
     """Read a user's file batch by batch into ``out/rows.parquet`` and ``out/quarantine.parquet``.
@@ -250,13 +246,13 @@ def ingest(
         out: a directory.
         label_names: for a file with labels, their names in order.
         quarantine: set rows without text aside instead of failing.
-        name: what errors call the file.
         progress: called with rows read, twice each, and how often rows are read in all.
 
     Raises:
-        InputError: see *Checks* in the documentation; every message names the file and the row.
+        InputError: the file can't be read, lacks a column, or a row has no text, no known label, or an id twice; every
+            message names the file, and the row.
     """
-    where = name or str(path)
+    where = str(path)
     file = open_parquet(path)
     check_columns(file, roles, where)
     schema = rows_schema(roles, file.schema_arrow)
@@ -264,7 +260,7 @@ def ingest(
     # Read twice: whether a row's text or id repeats is known only when all have been seen.
     total = file.metadata.num_rows
     ids = _Ids(file, roles, out, where, progress)
-    found = Ingested(repeated=ids.repeated)
+    found = Ingested()
     row_number, kept_number = 0, 0
     with (
         parquet_writer(out / "rows.parquet", schema) as rows,
@@ -304,8 +300,6 @@ def ingest(
                 arrays.append(_label_numbers(given, label_names, numbers, f"{where}, column {roles.label}"))
             rows.write_batch(pa.record_batch(arrays, schema=schema))
             found.rows += batch.num_rows
-            found.characters += sum(len(text) for column in columns for text in column)
-            found.non_ascii += sum(not text.isascii() for column in columns for text in column)
     return found
 
 
@@ -330,7 +324,6 @@ class _Ids:
         self.column = roles.id
         self.where = f"{where}, column {roles.id}"
         found = find_repeats(gather(self._hashes(file, roles, where, progress), folder), folder)
-        self.repeated = 0 if self.column is not None else found.repeated
         self._occurrence, self._group = found.occurrence, found.group
         self._seen: dict[str, int] = {}
 

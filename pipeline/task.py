@@ -287,7 +287,8 @@ class Task(Section):
     inputs: Inputs
     annotators: list[Annotated[Annotator, BeforeValidator(_pattern_alone)]] = Field(min_length=1)
     base_model: str = Field(
-        "embedded", description="'embedded', a directory, or a hub name with a revision: NAME@REVISION"
+        "embedded",
+        description="'embedded', a directory (behind a URL, too), or a hub name with a revision: NAME@REVISION",
     )
     adapt: Adapt = Adapt()
     training: Training = Training()
@@ -529,7 +530,7 @@ class Task(Section):
             task = cls.model_validate(given)
         except ValidationError as error:
             told = [_tell(cls, problem, where, node, changed) for problem in error.errors()]
-            raise InputError("\n".join(told), fix="`clozeline init` shows every key in a commented file") from None
+            raise InputError("\n".join(told), fix="docs/task-file.md lists every key") from None
         if base_model is not None:
             task._sources[base_model[0].resolve()] = base_model[1]
         return task

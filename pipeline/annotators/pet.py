@@ -150,8 +150,8 @@ def train(
 
     Args:
         spec: pattern, words ([[label, [word, ...]], ...]), steps, batch_size, learning_rate, mlm_alpha,
-            mlm_batch_size, max_length, truncation, learned, match_prior, folds (with any, what it takes to begin anew
-            is kept).
+            mlm_batch_size, max_length, truncation, dropout, freeze_embeddings, learned, match_prior, folds (with any,
+            what it takes to begin anew is kept).
 
     Raises:
         Diverged: what the model says of this pattern is no number, from the start or in training.

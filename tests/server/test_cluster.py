@@ -59,9 +59,8 @@ def test_up_configures_a_server_restarts_what_died_and_down_ends_just_its_own(
     assert len(first["automations"]) == triggers + 1
     assert first["automations"].count((HEARTBEATS, True)) == 1
 
-    workers = one.ask("/work_pools/gpu/workers/filter", {})
     wait_until(lambda: len(one.ask("/work_pools/gpu/workers/filter", {})) == 2, 30)
-    assert all(worker["status"] == "ONLINE" for worker in workers)
+    assert [worker["status"] for worker in one.ask("/work_pools/gpu/workers/filter", {})] == ["ONLINE", "ONLINE"]
     devices = {psutil.Process(pids[name]).environ()["CLOZELINE_DEVICE"] for name in ("gpu-0", "gpu-1")}
     assert devices == {"cpu-0", "cpu-1"}
     # Nothing listens but on the loopback interface.

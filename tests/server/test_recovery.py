@@ -14,7 +14,7 @@ from tests.server.conftest import Job
 pytestmark = pytest.mark.server
 
 
-def test_server_that_is_killed_and_comes_back_finds_the_run_going_on(job: Job) -> None:
+def test_server_that_is_killed_and_comes_back_loses_nothing_of_a_run(job: Job) -> None:
     run = job.start()
     job.wait_for_fits()
     os.kill(job.cluster.pids()["server"], signal.SIGKILL)
