@@ -9,8 +9,8 @@
     python benchmarks/presets.py --data DIR --part fine-tune --labels 50 --draws 3 --base embedded --base MODEL
 
 DIR is that of `benchmarks/quality.py`. For each dataset and draw, ``--labels`` rows (40; two more a label where there
-are more labels) are cut from train; other train rows are the transfer set and the rows that are judged. `fit` trains
-one pattern with each setting and prints its accuracy; `learned` does so for shares of the way that training goes, and
+are more labels) are cut from train; other train rows are the transfer set and the rows that are judged. `fit` tells
+what one pattern a draw reaches with each setting; `learned` does so for shares of the way that training goes, and
 the preset's rule; `ensemble` does so for all patterns, blended evenly. `prior` moves a trained annotator's label shares
 a part of the way to the labelled rows', where those have the shares of all rows, where they were labelled as they came,
 and where one label has four fifths of the rows to judge (and of those that the shares are taken from) but not of the
@@ -43,10 +43,13 @@ from pipeline.student import distill
 from pipeline.tables import ColumnRoles, Floats
 from pipeline.task import Task
 
+_ALL_WEIGHTS: dict[str, Any] = {"dropout": None, "freeze_embeddings": False}
 FIT: list[dict[str, Any]] = [
     {},
-    {"dropout": None, "freeze_embeddings": False},
+    {"dropout": None},
     {"freeze_embeddings": False},
+    _ALL_WEIGHTS,
+    {**_ALL_WEIGHTS, "steps": 150, "learning_rate": 5e-5},
     {"steps": 30},
     {"steps": 100},
     {"learning_rate": 5e-5},
@@ -59,7 +62,7 @@ ENSEMBLE: list[dict[str, Any]] = [{"learned": share} for share in (0.0, 0.125, 0
 SKEWED, TIMES = 0.8, 40
 STUDENT: list[dict[str, Any]] = [
     {},
-    {"dropout": None, "freeze_embeddings": False},
+    _ALL_WEIGHTS,
     {"steps": 100},
     {"steps": 400},
     {"learning_rate": 5e-5},
@@ -117,10 +120,10 @@ Judged = Iterator[tuple[Mapping[str, Any], float, float]]
 
 
 def settings(cut: Draw, of: Sequence[Mapping[str, Any]]) -> Judged:
-    """One pattern, trained with each setting."""
+    """One pattern a draw, trained with each setting."""
     for changes in of:
         start = time.perf_counter()
-        fitted = cut.pet(changes)
+        fitted = cut.pet(changes, cut.seed)
         seconds = time.perf_counter() - start
         yield changes, cut.accuracy(fitted.log_probabilities(cut.rows.texts)), seconds
 
@@ -207,7 +210,7 @@ def fine_tunes(cut: Draw, places: Sequence[str]) -> Judged:
 
 def students(cut: Draw) -> Judged:
     """Two patterns trained with the preset, and their blend distilled with each setting."""
-    fits = [cut.pet({}, i) for i in (0, 1)]
+    fits = [cut.pet({}, cut.seed + i) for i in (0, 1)]
     half = np.full(2, 0.5)
     soft = blend([fit.log_probabilities(cut.transfer.texts) for fit in fits], half)
     together = blend([fit.log_probabilities(cut.rows.texts) for fit in fits], half)
