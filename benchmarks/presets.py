@@ -100,7 +100,8 @@ class Draw:
 
     def spec(self, changes: Mapping[str, Any], pattern: int) -> dict[str, Any]:
         """What a PET annotator is told."""
-        return {**fit_spec(self.task, self.task.annotators[pattern % len(self.task.annotators)]), **changes}
+        annotator = self.task.annotators[pattern % len(self.task.annotators)]
+        return {**fit_spec(self.task, annotator, len(self.labelled)), **changes}
 
     def pet(self, changes: Mapping[str, Any], pattern: int = 0) -> Annotator:
         """Train a PET annotator on the embedded model."""

@@ -286,7 +286,7 @@ class Dataset:
 
     def key(self, labels: int, seed: int, half: str) -> str:
         """The key of half a cell: all that its numbers depend on."""
-        task, training = self.task, self.task.resolved("training")
+        task, training = self.task, self.task.training_on(labels)
         adapt = {"adapt": task.adapt.model_dump(), "adapted": STAGE_VERSIONS["adapt"]} if task.adapt.steps else {}
         shared = {
             **adapt,
@@ -388,7 +388,7 @@ def prompting(data: Dataset, labels: int, seed: int) -> Predicted:
 
     nothing, pet = Labelled({}, np.zeros(0, dtype=np.int64)), method("pet").train
     for _, annotator, number in task.members():
-        spec = fit_spec(task, annotator)
+        spec = fit_spec(task, annotator, labels)
         fit_seed = seed_of("fit", annotator.pattern, number)  # as in the stage
         with clock("zero-shot"):
             untaught = pet(spec, nothing, transfer, base, profile, fit_seed)
@@ -460,10 +460,10 @@ def rivals(data: Dataset, labels: int, seed: int) -> Predicted:
     return predicted, clock.seconds
 
 
-def fit_spec(task: Task, annotator: Annotator) -> dict[str, Any]:
-    """What the stage `fit` is told of an annotator."""
+def fit_spec(task: Task, annotator: Annotator, rows: int) -> dict[str, Any]:
+    """What the stage `fit` is told of an annotator, given the number of labelled rows."""
     return {
-        **{key: value for key, value in task.resolved("training").items() if key != "dtype"},
+        **{key: value for key, value in task.training_on(rows).items() if key != "dtype"},
         "method": "pet",
         "pattern": annotator.pattern,
         "words": [[label, words] for label, words in task.words_of(annotator).items()],
@@ -500,6 +500,7 @@ def later_generations(
     """
     task, ipet, members = data.task, data.task.ipet, list(data.task.members())
     counts, on_test = labelled.counts(len(task.labels)), list[Floats]()
+    prior = {} if len(labelled) else {"match_prior": 0.0}  # as in the plan
     for generation in range(1, ipet.generations + 1):
         before, scores = scores, []
         for i, (_, annotator, number) in enumerate(members):
@@ -510,7 +511,7 @@ def later_generations(
             found = select_rows(soft, counts, generation, ipet.growth, seed).labels
             drawn = Labelled(dict(transfer), found).take(np.flatnonzero(found >= 0))
             fitted = method("pet").train(
-                fit_spec(task, annotator) | ({} if len(labelled) else {"match_prior": 0.0}),  # as in the plan
+                fit_spec(task, annotator, len(labelled)) | prior,
                 labelled.joined(drawn),
                 transfer,
                 data.start,
@@ -566,7 +567,7 @@ class Rates:
         some = data.train.head(64)
         rows, steps = Labelled(some.texts, some.labels), 4
         _, annotator, _ = next(data.task.members())
-        spec = {**fit_spec(data.task, annotator), "mlm_alpha": 0.0, "steps": steps}
+        spec = {**fit_spec(data.task, annotator, len(rows)), "mlm_alpha": 0.0, "steps": steps}
         none: Texts = {name: [] for name in some.texts}
         nothing = Labelled({}, np.zeros(0, dtype=np.int64))
         spent = []
@@ -597,7 +598,7 @@ def tokens_of_row(data: Dataset) -> float:
 
 def estimate(data: Dataset, labels: int, half: str, rates: Rates) -> float:
     """The expected seconds of half a cell, from its steps and rows."""
-    training, student = data.task.resolved("training"), data.task.resolved("student")
+    training, student = data.task.training_on(labels), data.task.resolved("student")
     members = len(list(data.task.members()))
     pool = data.train if data.unlabelled is None else data.unlabelled
     transfer, test = min(data.cap, len(pool)), len(data.test)

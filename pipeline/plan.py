@@ -198,7 +198,10 @@ class _Planner:
         self, task: Task, base: BaseModel, previous: Mapping[str, Any] | None, forgotten: Sequence[str]
     ) -> None:
         self.task, self.base, self.previous = task, base, previous
-        self.training, self.student = task.resolved("training"), task.resolved("student")
+        self.labelled_rows = 0
+        if task.inputs.labelled is not None:
+            self.labelled_rows = open_parquet(task.path(task.inputs.labelled)).metadata.num_rows
+        self.training, self.student = task.training_on(self.labelled_rows), task.resolved("student")
         self.profile = numeric_profile(self.training["dtype"])
         self.labels = task.label_names
         # Where nothing was forgotten the keys are as if nothing could be.
@@ -208,7 +211,6 @@ class _Planner:
         name = str(base.path) if is_directory else base.name
         self.where = {"base": task.source_of(base.path), "base_name": name}
         self.calls: dict[str, Call] = {}
-        self.labelled_rows = 0
         self.adapted: dict[str, Call] = {}  # what a model starts from, where that is not the base model itself
 
     def add(self, call: Call) -> Call:
@@ -239,11 +241,8 @@ class _Planner:
         for name, given in (("labelled", inputs.labelled), ("test", inputs.test)):
             if given is not None:
                 # A test set is taken as it is; of equal labelled rows one is enough, and two labels are a mistake.
-                distinct = name == "labelled"
                 file = task.path(given)
-                if distinct:
-                    self.labelled_rows = open_parquet(file).metadata.num_rows
-                sets[name] = self.ingest(file, file.name, labelled=True, distinct=distinct)
+                sets[name] = self.ingest(file, file.name, labelled=True, distinct=name == "labelled")
         numbered = {f"shard:{i:06d}": shard for i, shard in enumerate(shards)}
         prepare = self.add(
             Call(

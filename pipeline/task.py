@@ -126,7 +126,9 @@ class Training(Section):
     preset: Literal["quick", "paper"] | None = Field(
         None, description="quick is the default for the embedded model, paper (table 5) for any other"
     )
-    steps: int | None = Field(None, ge=0, le=100_000)
+    steps: Literal["auto"] | Annotated[int, Field(ge=0, le=100_000)] | None = Field(
+        None, description="auto: eight times over the labelled rows, 50 at least and 1,000 at most"
+    )
     batch_size: int | None = Field(None, ge=1, le=1024)
     learning_rate: float | None = Field(None, gt=0, le=0.1)
     mlm_alpha: float | None = Field(
@@ -232,6 +234,8 @@ class Release(Section):
     gate: Gate = Gate()
 
 
+# Chosen by measuring (docs/benchmarks.md, "Choosing the quick preset").
+_EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 8, 50, 1000
 PRESETS: dict[str, dict[str, Any]] = {
     # Table 5 of Schick & Schütze (2021): one labelled and three unlabelled texts a step, four steps
     # accumulated, 1,000 steps; the classifier 5,000 steps of 16.
@@ -253,7 +257,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Chosen by measuring on rows cut from train (docs/benchmarks.md, "Choosing the quick preset").
     "quick": {
         "training": {
-            "steps": 50,
+            "steps": "auto",
             "batch_size": 16,
             "learning_rate": 1e-4,
             "mlm_alpha": 0.0,
@@ -369,6 +373,17 @@ class Task(Section):
         """A section's settings with the preset's values where the file leaves them out."""
         given = getattr(self, section).model_dump(exclude={"preset"})
         return {**given, **{k: v for k, v in PRESETS[self.preset][section].items() if given[k] is None}}
+
+    def training_on(self, rows: int) -> dict[str, Any]:
+        """The settings of training for a number of labelled rows: `resolved`, with the steps that ``auto`` means.
+
+        A handful is read often in few steps; of many rows each is to be read as often as it takes to be learned.
+        """
+        training = self.resolved("training")
+        if training["steps"] == "auto":
+            steps = math.ceil(_EPOCHS * rows / training["batch_size"])
+            training["steps"] = min(max(steps, _FEWEST_STEPS), _MOST_STEPS)
+        return training
 
     @property
     def student_template(self) -> str:

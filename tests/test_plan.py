@@ -38,3 +38,18 @@ def test_without_dropout_a_step_is_expected_to_read_a_labelled_row_once(tiny_tas
 
     assert flops(0.0, 0) == pytest.approx(flops(0.1, 0) * 6 / 16)
     assert flops(0.0, 2) == pytest.approx(flops(0.1, 2) * (6 + 3 + 3) / (3 * 16))
+
+
+@pytest.mark.parametrize(("labelled", "steps"), [(6, 50), (150, 75)])
+def test_steps_are_planned_for_the_labelled_rows_that_there_are(
+    labelled: int, steps: int, tiny_task: Callable[..., Path]
+) -> None:
+    run = Run(tiny_task(labelled=labelled))
+    fits = run.plan("training.steps=auto", "training.batch_size=16").find("fit")
+    assert {fit.spec["steps"] for fit in fits} == {steps}
+
+
+def test_without_labelled_rows_only_later_generations_are_planned_to_train(tiny_task: Callable[..., Path]) -> None:
+    run = Run(tiny_task())
+    plan = run.plan("training.steps=auto", "inputs.labelled=null", "inputs.test=null", "ipet.generations=1")
+    assert {(fit.generation, fit.spec["steps"]) for fit in plan.find("fit")} == {(0, 0), (1, 50)}

@@ -322,6 +322,25 @@ def test_a_setting_in_the_file_wins_over_the_preset(write: Callable[..., Path]) 
     assert all(training[key] is not None for key in PRESETS["paper"]["training"])
 
 
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "steps"),
+    [(0, 16, 50), (10, 16, 50), (100, 16, 50), (231, 16, 116), (100, 4, 200), (1_000_000, 16, 1000)],
+)
+def test_steps_of_the_quick_preset_read_each_of_many_rows_eight_times(
+    rows: int, batch_size: int, steps: int, write: Callable[..., Path]
+) -> None:
+    task = Task.load(write(), [f"training.batch_size={batch_size}"])
+    assert task.training_on(rows)["steps"] == steps
+
+
+def test_steps_that_are_given_or_the_papers_do_not_depend_on_the_rows(write: Callable[..., Path]) -> None:
+    path = write()
+    assert Task.load(path, ["training.steps=7"]).training_on(500)["steps"] == 7
+    assert Task.load(path, ["training.preset=paper"]).training_on(500)["steps"] == 1000
+    assert Task.load(path, ["training.preset=paper", "training.steps=auto"]).training_on(500)["steps"] == 1000
+    assert Task.load(path, ["training.preset=paper", "training.steps=auto"]).training_on(50)["steps"] == 100
+
+
 def test_an_annotator_may_have_words_of_its_own_in_the_tasks_order(write: Callable[..., Path]) -> None:
     task = Task.load(write(), ['annotators=[{pattern: "{text} {mask}", words: {bad: [nay], good: "yes!"}}]'])
     assert list(task.words_of(task.annotators[0]).items()) == [("good", ["yes!"]), ("bad", ["nay"])]
