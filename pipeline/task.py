@@ -204,7 +204,9 @@ class Sample(Section):
 class Student(Section):
     """The classifier that is distilled from the soft labels and labels everything."""
 
-    steps: int | None = Field(None, ge=1, le=1_000_000)
+    steps: Literal["auto"] | Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        None, description="auto: six for each label, 150 at least"
+    )
     batch_size: int | None = Field(None, ge=1, le=1024)
     learning_rate: float | None = Field(None, gt=0, le=0.1)
     temperature: float = Field(2.0, gt=0, le=100)
@@ -236,6 +238,7 @@ class Release(Section):
 
 # Chosen by measuring (docs/benchmarks.md, "Choosing the quick preset").
 _EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 8, 50, 1000
+_STUDENT_STEPS_A_LABEL, _FEWEST_STUDENT_STEPS = 6, 150
 PRESETS: dict[str, dict[str, Any]] = {
     # Table 5 of Schick & Schütze (2021): one labelled and three unlabelled texts a step, four steps
     # accumulated, 1,000 steps; the classifier 5,000 steps of 16.
@@ -270,7 +273,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "match_prior": "auto",
         },
         "student": {
-            "steps": 150,
+            "steps": "auto",
             "batch_size": 32,
             "learning_rate": 1e-4,
             "dropout": 0.0,
@@ -370,9 +373,15 @@ class Task(Section):
         return self.training.preset or ("quick" if self.base_model == "embedded" else "paper")
 
     def resolved(self, section: Literal["training", "student"]) -> dict[str, Any]:
-        """A section's settings with the preset's values where the file leaves them out."""
+        """A section's settings with the preset's values where the file leaves them out.
+
+        The student's steps are a number; those of training depend on the labelled rows (`training_on`).
+        """
         given = getattr(self, section).model_dump(exclude={"preset"})
-        return {**given, **{k: v for k, v in PRESETS[self.preset][section].items() if given[k] is None}}
+        found = {**given, **{k: v for k, v in PRESETS[self.preset][section].items() if given[k] is None}}
+        if section == "student" and found["steps"] == "auto":
+            found["steps"] = max(_STUDENT_STEPS_A_LABEL * len(self.labels), _FEWEST_STUDENT_STEPS)
+        return found
 
     def training_on(self, rows: int) -> dict[str, Any]:
         """The settings of training for a number of labelled rows: `resolved`, with the steps that ``auto`` means.

@@ -341,6 +341,14 @@ def test_steps_that_are_given_or_the_papers_do_not_depend_on_the_rows(write: Cal
     assert Task.load(path, ["training.preset=paper", "training.steps=auto"]).training_on(50)["steps"] == 100
 
 
+def test_the_quick_student_takes_more_steps_where_there_are_many_labels(write: Callable[..., Path]) -> None:
+    assert Task.load(write()).resolved("student")["steps"] == 150
+    labels = ", ".join(f"label{i}: word{i}" for i in range(60))
+    many = write(SMALLEST.replace("{good: [great, good], bad: awful}", f"{{{labels}}}"))
+    assert Task.load(many).resolved("student")["steps"] == 360
+    assert Task.load(many, ["student.steps=9"]).resolved("student")["steps"] == 9
+
+
 def test_an_annotator_may_have_words_of_its_own_in_the_tasks_order(write: Callable[..., Path]) -> None:
     task = Task.load(write(), ['annotators=[{pattern: "{text} {mask}", words: {bad: [nay], good: "yes!"}}]'])
     assert list(task.words_of(task.annotators[0]).items()) == [("good", ["yes!"]), ("bad", ["nay"])]
