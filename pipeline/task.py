@@ -739,7 +739,8 @@ def _tell(
     model: type[BaseModel], problem: Any, where: str, node: yaml.Node | None, changed: Sequence[Sequence[str]]
 ) -> str:
     """One validation error as a line that a user can act on."""
-    location = problem["loc"]
+    # Where a value may be a word or a number, the kind that it is not ends the location.
+    location = [step for step in problem["loc"] if not str(step).startswith(("literal[", "constrained-"))]
     steps = [str(step) for step in location]
     key = ".".join(steps)
     line = _line_of(node, location)

@@ -333,6 +333,12 @@ def test_steps_of_the_quick_preset_read_each_of_many_rows_eight_times(
     assert task.training_on(rows)["steps"] == steps
 
 
+def test_a_word_where_a_number_or_auto_belongs_is_told_by_its_key(write: Callable[..., Path]) -> None:
+    first, second, _ = refusal(write(), "training.steps=many").splitlines()
+    assert first == "--set: training.steps: Input should be 'auto'"
+    assert second.startswith("--set: training.steps: Input should be a valid integer")
+
+
 def test_steps_that_are_given_or_the_papers_do_not_depend_on_the_rows(write: Callable[..., Path]) -> None:
     path = write()
     assert Task.load(path, ["training.steps=7"]).training_on(500)["steps"] == 7
