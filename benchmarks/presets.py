@@ -103,7 +103,7 @@ class Draw:
         annotator = self.task.annotators[pattern % len(self.task.annotators)]
         return {**fit_spec(self.task, annotator, len(self.labelled)), **changes}
 
-    def pet(self, changes: Mapping[str, Any], pattern: int = 0) -> Annotator:
+    def pet(self, changes: Mapping[str, Any], pattern: int) -> Annotator:
         """Train a PET annotator on the embedded model."""
         return self.train("pet", self.spec(changes, pattern), resolve_base_model("embedded"), self.labelled)
 

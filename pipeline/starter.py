@@ -273,7 +273,7 @@ annotators:                      # one model is fine-tuned a pattern; two to fiv
 # base_model: embedded           # lower-case English; or a directory, or a hub name: roberta-large@REVISION
 # training:
 #   preset: quick                # or paper (Schick & Schütze 2021, table 5)
-#   steps: auto                # as many as read the labelled rows eight times, from 50 up to 1,000
+#   steps: auto                  # as many as read the labelled rows eight times, from 50 up to 1,000
 #   learning_rate: 1.0e-4
 #   max_length: 128
 #   folds: 2                     # cross-validation; each fold costs one more fit

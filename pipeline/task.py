@@ -735,12 +735,17 @@ def _line_of(node: yaml.Node | None, location: Sequence[str | int]) -> int | Non
     return line
 
 
+# What ends a location where a value may be a word or a number: the kind that it is not.
+_KINDS = {"literal['auto']", "constrained-int", "constrained-float"}
+
+
 def _tell(
     model: type[BaseModel], problem: Any, where: str, node: yaml.Node | None, changed: Sequence[Sequence[str]]
 ) -> str:
     """One validation error as a line that a user can act on."""
-    # Where a value may be a word or a number, the kind that it is not ends the location.
-    location = [step for step in problem["loc"] if not str(step).startswith(("literal[", "constrained-"))]
+    location = problem["loc"]
+    if location and location[-1] in _KINDS:
+        location = location[:-1]
     steps = [str(step) for step in location]
     key = ".".join(steps)
     line = _line_of(node, location)

@@ -337,6 +337,7 @@ def test_a_word_where_a_number_or_auto_belongs_is_told_by_its_key(write: Callabl
     first, second, _ = refusal(write(), "training.steps=many").splitlines()
     assert first == "--set: training.steps: Input should be 'auto'"
     assert second.startswith("--set: training.steps: Input should be a valid integer")
+    assert "labels.constrained-x: " in refusal(write(SMALLEST.replace("bad: awful", "bad: awful, constrained-x: 3")))
 
 
 def test_steps_that_are_given_or_the_papers_do_not_depend_on_the_rows(write: Callable[..., Path]) -> None:
