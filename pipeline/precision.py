@@ -58,9 +58,14 @@ def exact_outputs(encoder: nn.Module) -> None:
 def attention_for(device: torch.device) -> dict[str, str]:
     """The choice of attention kernel, for `from_pretrained`; where nothing is chosen the library knows best.
 
-    On a CPU eager attention's backward pass beats scaled-dot-product attention's at these lengths.
+    On a CPU eager attention's backward pass beats scaled-dot-product attention's at these lengths. On CUDA that of
+    cuDNN, which torch prefers on Hopper and its kin, is switched off for the process: it builds a plan for each shape,
+    and nearly every batch has one of its own (docs/benchmarks.md, "On a GPU").
     """
-    return {"attn_implementation": "eager"} if device.type == "cpu" else {}
+    if device.type == "cpu":
+        return {"attn_implementation": "eager"}
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return {}
 
 
 @contextmanager
