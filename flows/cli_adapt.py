@@ -122,6 +122,8 @@ def _copy(model: Path, target: Path, half: bool) -> None:
     """Copy a model's directory under a temporary name, then rename it."""
     from safetensors.torch import load_file, save_file
 
+    from pipeline.store import make_publishable
+
     beside = target.with_name(f".{target.name}.writing")
     with writing("the model", target, "choose another --out"):
         shutil.rmtree(beside, ignore_errors=True)
@@ -129,4 +131,5 @@ def _copy(model: Path, target: Path, half: bool) -> None:
         if half:
             file = beside / "model.safetensors"
             save_file({name: weight.half() for name, weight in load_file(file).items()}, file, {"format": "pt"})
+        make_publishable(beside)
         beside.rename(target)

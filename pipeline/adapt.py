@@ -38,7 +38,7 @@ from pipeline.errors import InputError, writing
 from pipeline.masking import Masked, inside_words, mask
 from pipeline.precision import attention_for, silent_loading
 from pipeline.progress import Progress
-from pipeline.store import canonical_json, sync_tree
+from pipeline.store import canonical_json, make_publishable
 from pipeline.template import Encoded, Encoder
 from pipeline.training import CLIP, Diverged, optimizer_for, prepare_for_few_steps, seed_of
 
@@ -291,7 +291,7 @@ class Adapting:
             beside.mkdir(parents=True)
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / "state.safetensors")
             (beside / "state.json").write_text(canonical_json(about), encoding="utf-8")
-            sync_tree(beside)
+            make_publishable(beside)
             beside.rename(target)
             for old in directory.glob("step-*"):
                 if old != target:

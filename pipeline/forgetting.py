@@ -32,7 +32,7 @@ from pipeline.locations import below, read_file, read_json, remove_file, write_f
 from pipeline.publishing import release_lease, remove_unfinished
 from pipeline.report import CARD, card_without
 from pipeline.settings import Settings
-from pipeline.store import CHECKPOINTS, MANIFEST, TEMPORARY, Store, sha256_of, sync_tree
+from pipeline.store import CHECKPOINTS, MANIFEST, TEMPORARY, Store, make_publishable, sha256_of
 from pipeline.tables import BATCH_ROWS, holds_content, opened, parquet_writer
 from pipeline.versions import (
     VERSIONS,
@@ -254,7 +254,7 @@ def _rewrite(release: str, name: str, contents: Collection[str]) -> None:
 
 def _replace(version: str, manifest: dict[str, Any], written: list[str], gone: list[str], work: Path) -> None:
     """Put new files in a version's place, behind the manifest that describes them; those of ``gone`` are left out."""
-    sync_tree(work)
+    make_publishable(work)
     for file in written:
         manifest["files"][file] = {"bytes": (work / file).stat().st_size, "sha256": sha256_of(work / file)}
     _write_manifest(version, manifest)

@@ -22,7 +22,7 @@ from pipeline.leases import Lease, lease
 from pipeline.locations import below, read_json
 from pipeline.release import VERSION
 from pipeline.settings import Settings
-from pipeline.store import MANIFEST, Artifact, sync_tree
+from pipeline.store import MANIFEST, Artifact, make_publishable
 from pipeline.task import Gate, Task
 from pipeline.versions import (
     NAME,
@@ -204,7 +204,7 @@ def _copy(artifact: Artifact, versions: Path, name: str) -> None:
     try:
         shutil.copytree(artifact.path / VERSION, temporary)
         (temporary / SUCCESS).touch()
-        sync_tree(temporary)
+        make_publishable(temporary)
         temporary.rename(versions / name)
     finally:  # on a full disk half a version must not take what is left of it
         shutil.rmtree(temporary, ignore_errors=True)

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -56,12 +57,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_tree(root: Path) -> None:
-    """Flush every file and directory below ``root`` to the disk, so that a rename publishes whole files."""
+def make_publishable(root: Path) -> None:
+    """Flush every file and directory below ``root`` to the disk, so that a rename publishes whole files.
+
+    Files may be read and written by whom their directory may be: safetensors keeps what it writes to its owner, but
+    stores and releases are shared.
+    """
     for directory, _, files in os.walk(root):
+        mode = stat.S_IMODE(os.stat(directory).st_mode) & 0o666
         for path in [*(os.path.join(directory, file) for file in files), directory]:
             descriptor = os.open(path, os.O_RDONLY)
             try:
+                if path != directory and stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+                    with suppress(OSError):  # a file system without permissions
+                        os.fchmod(descriptor, mode)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -333,4 +342,4 @@ def _build_into(
     (directory / RUN).write_text(canonical_json(run), encoding="utf-8")
     manifest = {"stage": stage, "key": key, **header, "files": files, "meta": meta}
     (directory / MANIFEST).write_text(canonical_json(manifest), encoding="utf-8")
-    sync_tree(directory)
+    make_publishable(directory)

@@ -290,6 +290,8 @@ def test_the_command_adapts_alone_and_copies_the_model(
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
     assert resolve_base_model(str(tmp_path / "model")).weights
+    modes = {file.stat().st_mode for file in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1, "safetensors keeps what it writes to its owner"
     shown = runner.invoke(app, ["adapt", path, *settings])
     assert "(cached)" in shown.stdout
     taken = runner.invoke(app, ["adapt", path, *settings, "--out", str(tmp_path / "model")])

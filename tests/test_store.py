@@ -105,6 +105,17 @@ def test_the_manifest_names_every_file_with_its_size_and_hash(store: Store) -> N
     artifact.verify()
 
 
+def test_a_file_can_be_read_by_whom_its_directory_can_though_a_library_kept_it_to_its_owner(store: Store) -> None:
+    def keeps_to_itself(out: Path) -> Mapping[str, Any]:
+        meta = build(out)
+        (out / "data").chmod(0o755)
+        (out / "data" / "rows.bin").chmod(0o600)
+        return meta
+
+    path = store.get_or_build("fit", KEY, keeps_to_itself, HEADER).path
+    assert (path / "data" / "rows.bin").stat().st_mode & 0o777 == 0o644
+
+
 def test_equal_builds_leave_equal_bytes_but_for_the_record_of_the_run(tmp_path: Path) -> None:
     one, other = (Store(tmp_path / name).get_or_build("fit", KEY, build, HEADER) for name in ("one", "other"))
     assert files_of(one.path) == files_of(other.path)
